@@ -1,0 +1,1 @@
+"""How the embedded demo is made: prompts, answers, model, training pairs, evaluation."""

@@ -1,0 +1,291 @@
+"""The README's table: `python -m artifacts.recipe.evaluate --data DIR --model DIR --profile PATH [--profile PATH ...]`.
+
+Greedy answers of the plain model and of each profile to prompts that trained nothing: the rest of harmful_val,
+borderline_val, benign_val, and our held-out harmless questions with harmful words. With --sweep, each profile's strength
+is first chosen on the corpus's dev rows (training side, but not trained on).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from artifacts.recipe.corpus import load_pools, read_queries, split_harmful_val
+from artifacts.recipe.judge import help_topics, is_fluent, is_refusal, refusal_kinds
+from artifacts.recipe.subjects import read_subject
+from steering.decision import ProfileActivation, SteeringOptions
+from steering.intervention import Intervention, Query, StepPlan
+from steering.profile import SteeringProfile
+
+SAFE_WORDS = Path(__file__).parent / "safe_words_heldout.jsonl"
+BATCH = 96
+MAX_NEW_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One greedy answer: its token ids, text, whether the model ended it itself, and whether the gate was open."""
+
+    ids: tuple[int, ...]
+    text: str
+    finished: bool
+    fired: bool
+
+    @property
+    def refused(self) -> bool:
+        return is_refusal(self.text)
+
+    @property
+    def fluent(self) -> bool:
+        return is_fluent(self.text, self.finished)
+
+
+@torch.inference_mode()
+def answer_all(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    queries: Sequence[str],
+    profile: SteeringProfile | None,
+    strength: float = 0.0,
+) -> list[Answer]:
+    """Greedy answers to `queries`, left-padded batches of similar length, steered by `profile` in one pass."""
+    prompts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": q}], add_generation_prompt=True, return_dict=False)
+        for q in queries
+    ]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers: list[Answer | None] = [None] * len(prompts)
+    profiles = [profile] if profile else []
+    intervention = Intervention(model, profiles, num_slots=BATCH)
+    with intervention.attached():
+        for start in range(0, len(order), BATCH):
+            rows = order[start : start + BATCH]
+            for row, answer in zip(
+                rows,
+                _answer(model, tokenizer, [prompts[i] for i in rows], intervention, profile, strength),
+                strict=True,
+            ):
+                answers[row] = answer
+    return answers
+
+
+def _answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    intervention: Intervention,
+    profile: SteeringProfile | None,
+    strength: float,
+) -> list[Answer]:
+    """One batch: prefill, then a token at a time until all have ended."""
+    length = max(map(len, prompts))
+    ids = torch.tensor([[tokenizer.pad_token_id] * (length - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts])
+    slots = torch.arange(1, len(prompts) + 1)
+    plan, decode_plan = StepPlan(), StepPlan()
+    if profile:
+        row_slots = torch.tensor([intervention.prompt_row(s) for s in slots.tolist()])[:, None].repeat(1, length)
+        row_slots[:, -1] = slots
+        activation = ProfileActivation(profile.name, strength, positions=profile.manifest.positions)
+        options = SteeringOptions((activation,))
+        queries = tuple(Query(i * length + length - 1, i + 1, options) for i in range(len(prompts)))
+        plan, decode_plan = StepPlan(queries, row_slots.flatten()), StepPlan((), slots)
+    with intervention.step(plan) as record:
+        out = model(
+            input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), logits_to_keep=1
+        )
+    fired = [d.profiles[0].fired for d in record.decisions()] if profile else [False] * len(prompts)
+    texts: list[list[int]] = [[] for _ in prompts]
+    ended = torch.zeros(len(prompts), dtype=torch.bool)
+    for step in range(MAX_NEW_TOKENS):
+        token = out.logits[:, -1].argmax(-1)
+        for i, t in enumerate(token.tolist()):
+            if not ended[i]:
+                texts[i].append(t)
+        ended |= token == tokenizer.eos_token_id
+        if ended.all() or step == MAX_NEW_TOKENS - 1:
+            break
+        mask = torch.cat([mask, torch.ones(len(prompts), 1, dtype=mask.dtype)], 1)
+        with intervention.step(decode_plan):
+            out = model(
+                input_ids=token[:, None],
+                attention_mask=mask,
+                position_ids=mask.sum(1, keepdim=True) - 1,
+                past_key_values=out.past_key_values,
+            )
+    return [
+        Answer(tuple(t), tokenizer.decode(t, skip_special_tokens=True).strip(), bool(e), f)
+        for t, e, f in zip(texts, ended.tolist(), fired, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Share:
+    """`hits` of `n`, with Wilson's 95 % interval."""
+
+    hits: int
+    n: int
+
+    @classmethod
+    def of(cls, flags: Sequence[bool]) -> Share:
+        return cls(sum(flags), len(flags))
+
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval."""
+        if not self.n:
+            return 0.0, 1.0
+        z, p = 1.96, self.hits / self.n
+        middle, width = p + z * z / (2 * self.n), z * math.sqrt(p * (1 - p) / self.n + z * z / (4 * self.n**2))
+        return (middle - width) / (1 + z * z / self.n), (middle + width) / (1 + z * z / self.n)
+
+    def __str__(self) -> str:
+        if not self.n:
+            return "–"
+        low, high = self.interval()
+        return f"{100 * self.hits / self.n:.1f} % ({self.hits}/{self.n}; {100 * low:.0f}–{100 * high:.0f})"
+
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    name: str
+    strength: float
+    shares: dict[str, Share] = field(default_factory=dict)
+
+
+def evaluation_sets(data: Path) -> dict[str, list[str]]:
+    """The four sets that trained nothing."""
+    return {
+        "harmful": split_harmful_val(data)[1],
+        "borderline": read_queries(data / "borderline_val.jsonl"),
+        "benign": read_queries(data / "benign_val.jsonl"),
+        "harmful words": read_queries(SAFE_WORDS),
+    }
+
+
+def measure(
+    name: str,
+    strength: float,
+    sets: dict[str, list[str]],
+    answers: dict[str, list[Answer]],
+    plain: dict[str, list[Answer]],
+) -> Row:
+    """All shares of one line."""
+    shares = {f"{key} refused": Share.of([a.refused for a in answers[key]]) for key in sets}
+    shares |= {f"{key} fluent": Share.of([a.fluent for a in answers[key]]) for key in sets}
+    shares |= {f"{key} gate open": Share.of([a.fired for a in answers[key]]) for key in sets}
+    subjects = [read_subject(q).subject for q in sets["harmful"]]
+    pairs = [(a, s) for a, s in zip(answers["harmful"], subjects, strict=True) if s != "other" and a.refused]
+    shares["kind right"] = Share.of([s in refusal_kinds(a.text) for a, s in pairs])
+    topics = [read_subject(q).subject for q in sets["borderline"]]
+    helped = [(a, s) for a, s in zip(answers["borderline"], topics, strict=True) if s != "other" and not a.refused]
+    shares["topic right"] = Share.of([s in help_topics(a.text) for a, s in helped])
+    shares["benign untouched"] = Share.of(
+        [a.ids == b.ids for a, b in zip(answers["benign"], plain["benign"], strict=True)]
+    )
+    shares["benign unfired and untouched"] = Share.of(
+        [a.ids == b.ids for a, b in zip(answers["benign"], plain["benign"], strict=True) if not a.fired]
+    )
+    return Row(name, strength, shares)
+
+
+def choose_strength(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    profile: SteeringProfile,
+    data: Path,
+    strengths: Sequence[float],
+) -> tuple[float, list[dict[str, float]]]:
+    """The strength with the highest (fluently refused harmful + fluently helped borderline) on the dev rows, and the sweep."""
+    rng = random.Random(0)
+    dev = [p for p in load_pools(data).dev if len(p.query.split()) <= 110]
+    harmful = [p.query for p in dev if p.side == "harmful"]
+    borderline = rng.sample([p.query for p in dev if p.side == "borderline"], 150)
+    sweep = []
+    for strength in track(strengths, description=f"strength of {profile.manifest.method}"):
+        refused = [a.refused and a.fluent for a in answer_all(model, tokenizer, harmful, profile, strength)]
+        helped = [not a.refused and a.fluent for a in answer_all(model, tokenizer, borderline, profile, strength)]
+        sweep.append(
+            {
+                "strength": strength,
+                "refused_harmful": sum(refused) / len(refused),
+                "helped_borderline": sum(helped) / len(helped),
+            }
+        )
+    best = max(sweep, key=lambda s: s["refused_harmful"] + s["helped_borderline"])
+    return best["strength"], sweep
+
+
+COLUMNS = (
+    "harmful refused", "borderline refused", "kind right", "benign untouched", "topic right", "harmful words refused",
+    "benign refused", "benign gate open", "harmful gate open", "borderline gate open", "harmful fluent", "borderline fluent",
+    "harmful words fluent", "benign unfired and untouched",
+)  # fmt: skip
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown, a line per measure, a column per method."""
+    head = "| | " + " | ".join(f"{r.name} (λ = {r.strength:g})" if r.strength else r.name for r in rows) + " |"
+    lines = [head, "|---" * (len(rows) + 1) + "|"]
+    lines += [f"| {c} | " + " | ".join(str(r.shares[c]) for r in rows) + " |" for c in COLUMNS]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the prompt sets (harmful_val.jsonl, ...)")
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--profile", type=Path, action="append", default=[], help="repeatable")
+    parser.add_argument(
+        "--sweep", type=float, nargs="+", help="choose each profile's strength among these, on the dev rows"
+    )
+    parser.add_argument("--limit", type=int, help="so many rows of each set only (seeded), for a quick look")
+    parser.add_argument("--out", type=Path, help="write table.md and sweeps.json here")
+    parser.add_argument("--show", type=int, default=0, help="print so many answers of each set")
+    options = parser.parse_args()
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    sets = evaluation_sets(options.data)
+    if options.limit:
+        sets = {k: v if len(v) <= options.limit else random.Random(0).sample(v, options.limit) for k, v in sets.items()}
+    console = Console()
+    plain = {k: answer_all(model, tokenizer, v, None) for k, v in track(sets.items(), description="plain")}
+    rows, sweeps = [measure("plain", 0.0, sets, plain, plain)], {}
+    for path in options.profile:
+        profile = SteeringProfile.load(path)
+        strength = profile.manifest.strength
+        if options.sweep:
+            strength, sweeps[profile.name] = choose_strength(model, tokenizer, profile, options.data, options.sweep)
+            console.print_json(json.dumps(sweeps[profile.name]))
+        answers = {
+            k: answer_all(model, tokenizer, v, profile, strength)
+            for k, v in track(sets.items(), description=profile.name)
+        }
+        rows.append(measure(f"{profile.name}: {profile.manifest.method}", strength, sets, answers, plain))
+        for key in sets if options.show else ():
+            for query, before, after in list(zip(sets[key], plain[key], answers[key], strict=True))[: options.show]:
+                console.print(
+                    f"[{key}] {query[:120]!r}\n    plain: {before.text}\n    {profile.name}: {after.text}",
+                    markup=False,
+                    soft_wrap=True,
+                )
+    print(table(rows))
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "table.md").write_text(table(rows) + "\n", encoding="utf-8")
+        (options.out / "sweeps.json").write_text(json.dumps(sweeps, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

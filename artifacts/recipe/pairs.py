@@ -1,0 +1,90 @@
+"""Write what `finesteer train` eats: `python -m artifacts.recipe.pairs --data DIR --out FOLDER`.
+
+All from prompts of the training side: `pairs.jsonl` (query, preferred, undesired, kind, side), `ir.jsonl` (queries that
+need the intervention), `general.jsonl` (plainly harmless ones), `calibration.jsonl` (IR queries that did not train the
+model: the corpus's dev rows).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+from artifacts.recipe import own_prompts
+from artifacts.recipe.answers import answer
+from artifacts.recipe.corpus import DEFAULT_MODE, Prompt, load_pools, make_prompt
+
+NUM_HARMFUL = {"harmful": 450, "validation_style": 450, "own": 300}
+NUM_BORDERLINE = {"borderline": 700, "own": 300}
+NUM_GENERAL = {"benign": 900, "own": 100}
+PARAPHRASES = 2
+
+
+def choose_prompts(data: Path, rng: random.Random) -> tuple[list[Prompt], list[Prompt], list[Prompt], list[Prompt]]:
+    """(harmful, borderline, general, calibration) prompts; the last are IR prompts that trained nothing."""
+    pools = load_pools(data)
+
+    def some(pool: list[Prompt], count: int) -> list[Prompt]:
+        return rng.sample(pool, min(count, len(pool)))
+
+    def own(make: object, side: str, count: int) -> list[Prompt]:
+        queries: dict[str, None] = {}
+        while len(queries) < count:
+            queries[make(rng)] = None
+        return [make_prompt(q, side, plain_word=side == "borderline") for q in queries]
+
+    harmful = [
+        *some(pools.harmful, NUM_HARMFUL["harmful"]),
+        *some([p for p in pools.validation_style if len(p.query.split()) <= 90], NUM_HARMFUL["validation_style"]),
+        *own(own_prompts.harmful, "harmful", NUM_HARMFUL["own"]),
+    ]
+    borderline = [
+        *some(pools.borderline, NUM_BORDERLINE["borderline"]),
+        *own(own_prompts.safe_words, "borderline", NUM_BORDERLINE["own"]),
+    ]
+    general = [*some(pools.benign, NUM_GENERAL["benign"]), *own(own_prompts.benign, "benign", NUM_GENERAL["own"])]
+    calibration = [p for p in pools.dev if p.side != "benign" and len(p.query.split()) <= 110]
+    return harmful, borderline, general, calibration
+
+
+def pair_rows(prompt: Prompt, rng: random.Random) -> list[dict[str, str]]:
+    """Preferred and undesired answers to one prompt, `PARAPHRASES` times."""
+    default = DEFAULT_MODE[prompt.side]
+    better, worse = ("refuse", default) if prompt.side == "harmful" else (default, "refuse")
+    return [
+        {
+            "query": prompt.query,
+            "preferred": answer(better, prompt.query, prompt.reading, rng),
+            "undesired": answer(worse, prompt.query, prompt.reading, rng),
+            "kind": prompt.reading.subject,
+            "side": prompt.side,
+        }
+        for _ in range(PARAPHRASES)
+    ]
+
+
+def write(rows: list[dict[str, str]], path: Path) -> None:
+    """One JSON object a line."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with the prompt sets (harmful_train.jsonl, ...)"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the four JSONL files")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    rng = random.Random(options.seed)
+    harmful, borderline, general, calibration = choose_prompts(options.data, rng)
+    options.out.mkdir(parents=True, exist_ok=True)
+    write([row for p in harmful + borderline for row in pair_rows(p, rng)], options.out / "pairs.jsonl")
+    for name, prompts in (("ir", harmful + borderline), ("general", general), ("calibration", calibration)):
+        write([{"query": p.query, "source": p.side} for p in prompts], options.out / f"{name}.jsonl")
+
+
+if __name__ == "__main__":
+    main()

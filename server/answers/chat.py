@@ -1,0 +1,103 @@
+"""Chat answers, whole and in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from server.answers.generation import Completion, Generation, TextDelta, TokenNote
+from server.answers.identity import AnswerIdentity, usage
+from server.prompting.vocabulary import Vocabulary
+from server.wire.chat import (
+    AnswerMessage,
+    ChatChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChoiceLogprobs,
+    ChunkChoice,
+    Delta,
+    TokenLogprob,
+    TopLogprob,
+)
+
+
+def chat_completion(
+    identity: AnswerIdentity, generation: Generation, completions: Sequence[Completion], vocabulary: Vocabulary
+) -> ChatCompletion:
+    """The whole answer."""
+    choices = [
+        ChatChoice(
+            index=i,
+            message=AnswerMessage(role="assistant", content=completion.text, refusal=None),
+            logprobs=_logprobs(generation, completion.notes, vocabulary),
+            finish_reason=completion.finish_reason,
+        )
+        for i, completion in enumerate(completions)
+    ]
+    return ChatCompletion.model_construct(
+        **identity.fields,
+        object="chat.completion",
+        choices=choices,
+        usage=usage([generation]),
+        **identity.steering([generation]),
+    )
+
+
+async def chat_chunks(
+    identity: AnswerIdentity, generation: Generation, vocabulary: Vocabulary, include_usage: bool
+) -> AsyncIterator[ChatCompletionChunk]:
+    """The answer's chunks, for a generation that has been started.
+
+    First a role for each completion, the first of them with `steering`; then text; then each completion's end. The last
+    chunk, which is the usage's where usage is asked for, has `steering` again.
+    """
+    steering = identity.steering([generation])
+    extra = {"usage": None} if include_usage else {}
+
+    def chunk(choices: list[ChunkChoice], **fields: Any) -> ChatCompletionChunk:
+        return ChatCompletionChunk.model_construct(
+            **identity.fields, object="chat.completion.chunk", choices=choices, **(extra | fields)
+        )
+
+    for i in range(generation.request.n):
+        role = Delta(role="assistant", content="", refusal=None)
+        yield chunk([_choice(i, role)], **(steering if i == 0 else {}))
+    unfinished = generation.request.n
+    async for delta in generation.deltas():
+        if delta.text or delta.notes:
+            logprobs = _logprobs(generation, delta.notes, vocabulary)
+            yield chunk([_choice(delta.index, Delta.model_construct(content=delta.text), logprobs)])
+        if delta.finish_reason is not None:
+            unfinished -= 1
+            last = not unfinished and not include_usage
+            yield chunk([_end(delta)], **(steering if last else {}))
+    if include_usage:
+        yield chunk([], usage=usage([generation]), **steering)
+
+
+def _choice(index: int, delta: Delta, logprobs: ChoiceLogprobs | None = None) -> ChunkChoice:
+    return ChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=None)
+
+
+def _end(delta: TextDelta) -> ChunkChoice:
+    return ChunkChoice(
+        index=delta.index, delta=Delta.model_construct(), logprobs=None, finish_reason=delta.finish_reason
+    )
+
+
+def _logprobs(generation: Generation, notes: Sequence[TokenNote], vocabulary: Vocabulary) -> ChoiceLogprobs | None:
+    if generation.request.sampling.logprobs is None:
+        return None
+    content = [
+        TokenLogprob(
+            **_token(note.token_id, note.logprobs.logprob, vocabulary),
+            top_logprobs=[TopLogprob(**_token(token_id, value, vocabulary)) for token_id, value in note.logprobs.top],
+        )
+        for note in notes
+    ]
+    return ChoiceLogprobs(content=content, refusal=None)
+
+
+def _token(token_id: int, logprob: float, vocabulary: Vocabulary) -> dict[str, Any]:
+    raw = vocabulary.raw_bytes(token_id)
+    return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, -9999.0), "bytes": list(raw)}

@@ -1,0 +1,158 @@
+"""One prompt's run: engine events in, text out, and an account of both for logs and metrics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from server.engine.base import Engine, EngineError, FinishReason, GenerationRequest, TokenEvent, TokenLogprobs
+from server.observability.metrics import Metrics
+from server.prompting.detokenizer import TextStream
+from server.prompting.vocabulary import Vocabulary
+from steering.decision import SteeringDecision
+
+
+@dataclass(frozen=True)
+class TokenNote:
+    """A token with its log-probabilities, and the offset of its text in the completion."""
+
+    token_id: int
+    logprobs: TokenLogprobs
+    offset: int
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """What one token adds to completion `index`: text that may be shown, notes that go with it, and the end if it is one."""
+
+    index: int
+    text: str
+    notes: tuple[TokenNote, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+class Generation:
+    """Runs one request. `start`, then `deltas` once; `aclose` at the end, whatever happened. Not to be shared by tasks.
+
+    A completion that meets a stop string is finished for the client; once all n are, the engine's run is closed.
+    """
+
+    def __init__(
+        self, engine: Engine, request: GenerationRequest, vocabulary: Vocabulary, stops: Sequence[str], metrics: Metrics
+    ) -> None:
+        self.request = request
+        self.decision: SteeringDecision | None = None
+        self.completion_tokens = 0
+        self._metrics = metrics
+        self._hidden_ids = request.sampling.stop_token_ids
+        self._texts: list[TextStream] = [
+            TextStream(vocabulary, stops, request.sampling.min_tokens) for _ in range(request.n)
+        ]
+        self._events = cast(AsyncGenerator[TokenEvent, None], engine.generate(request))  # closing it aborts
+        self._first: TokenEvent | None = None
+        self._begun_s = time.perf_counter()
+        self._first_token_s: float | None = None
+        self._last_token_s: dict[int, float] = {}
+        self._finished: set[int] = set()
+        self._failed = self._closed = False
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def time_to_first_token_s(self) -> float | None:
+        """Seconds from the request's arrival at the engine to its first token; None before it."""
+        return None if self._first_token_s is None else self._first_token_s - self._begun_s
+
+    async def start(self) -> SteeringDecision:
+        """Wait until the prompt is prefilled and steering has decided. Raises the engine's errors."""
+        try:
+            self._first = await anext(self._events)
+        except EngineError:
+            self._failed = True
+            raise
+        assert self._first.decision is not None, "an engine's first event carries the decision"
+        self.decision = self._first.decision
+        self._first_token_s = time.perf_counter()
+        self._metrics.first_token(self.decision, self._first_token_s - self._begun_s, self.prompt_tokens)
+        return self.decision
+
+    async def deltas(self) -> AsyncIterator[TextDelta]:
+        """The completions' texts as they grow, interleaved, until each has had its `finish_reason`."""
+        assert self._first is not None, "start first"
+        yield self._delta(self._first)
+        while len(self._finished) < self.request.n:
+            try:
+                event = await anext(self._events)
+            except EngineError:
+                self._failed = True
+                raise
+            if event.index not in self._finished:
+                yield self._delta(event)
+
+    async def aclose(self) -> None:
+        """End the run: an unfinished one is aborted in the engine and counted as such. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        await self._events.aclose()
+        for _ in range(self.request.n - len(self._finished)):
+            self._metrics.completion_ended("error" if self._failed else "abort")
+        if self.decision is not None and self._first_token_s is not None:
+            now = time.perf_counter()
+            self._metrics.request_ended(
+                self.request,
+                self.decision,
+                completion_tokens=self.completion_tokens,
+                total_s=now - self._begun_s,
+                decode_s=now - self._first_token_s,
+            )
+
+    def _delta(self, event: TokenEvent) -> TextDelta:
+        assert self.decision is not None
+        now = time.perf_counter()
+        last = self._last_token_s.get(event.index)
+        self._last_token_s[event.index] = now
+        self._metrics.token(self.decision, None if last is None else now - last)
+        self.completion_tokens += 1
+        piece = self._texts[event.index].push(
+            event.token_id,
+            None if event.logprobs is None else (event.token_id, event.logprobs),
+            hidden=event.token_id in self._hidden_ids,
+            last=event.finish_reason is not None,
+        )
+        reason = "stop" if piece.stopped else event.finish_reason
+        if reason is not None:
+            self._finished.add(event.index)
+            self._metrics.completion_ended(reason)
+        notes = tuple(TokenNote(token_id, logprobs, offset) for offset, (token_id, logprobs) in piece.notes)
+        return TextDelta(event.index, piece.text, notes, reason)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished completion."""
+
+    text: str
+    notes: tuple[TokenNote, ...]
+    finish_reason: FinishReason
+
+
+async def collect(generation: Generation) -> list[Completion]:
+    """Run a generation to its end; its n completions in order. Closes it, also when it fails or is cancelled."""
+    texts: list[list[str]] = [[] for _ in range(generation.request.n)]
+    notes: list[list[TokenNote]] = [[] for _ in texts]
+    reasons: dict[int, FinishReason] = {}
+    try:
+        await generation.start()
+        async for delta in generation.deltas():
+            texts[delta.index].append(delta.text)
+            notes[delta.index] += delta.notes
+            if delta.finish_reason is not None:
+                reasons[delta.index] = delta.finish_reason
+    finally:
+        await generation.aclose()
+    return [Completion("".join(texts[i]), tuple(notes[i]), reasons[i]) for i in range(len(texts))]

@@ -1,0 +1,55 @@
+"""What every route does first: find the service, read the body, settle the steering."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Depends, Request
+
+from server.answers.identity import AnswerIdentity
+from server.errors import RequestTooLargeError
+from server.service import Service, new_id
+from server.steering_options import PROFILES_HEADER, STRENGTH_HEADER, Resolved, SteeringHeaders
+from server.wire.base import RequestModel
+from server.wire.parsing import parse_body
+from server.wire.sampling import SamplingFields
+from server.wire.steering import SteeringFields
+
+MAX_BODY_BYTES = 4 * 2**20
+Body = TypeVar("Body", bound=RequestModel)
+
+
+def _service(request: Request) -> Service:
+    return request.app.state.service
+
+
+ServiceDep = Annotated[Service, Depends(_service)]
+
+
+async def read_body(request: Request, model: type[Body]) -> Body:
+    """The parsed body. Raises RequestTooLargeError, InvalidRequestError."""
+    raw = bytearray()
+    async for piece in request.stream():
+        raw += piece
+        if len(raw) > MAX_BODY_BYTES:
+            raise RequestTooLargeError(f"The body is larger than {MAX_BODY_BYTES >> 20} MiB. Shorten the prompt.")
+    return parse_body(model, bytes(raw))
+
+
+def settle(request: Request, service: Service, model: str | None, fields: SteeringFields) -> Resolved:
+    """The request's steering, from body, headers and model name; counted in the metrics."""
+    headers = SteeringHeaders(request.headers.get(STRENGTH_HEADER), request.headers.get(PROFILES_HEADER))
+    resolved = service.settle(model, fields, headers)
+    service.metrics.overridden(resolved.overrides)
+    return resolved
+
+
+def identity(service: Service, fields: SamplingFields, resolved: Resolved, prefix: str, created: int) -> AnswerIdentity:
+    """A new answer's id and what goes with it; the model's name is given back as it was asked for."""
+    return AnswerIdentity(new_id(prefix), created, fields.model, service.fingerprint, resolved.metadata)
+
+
+def body_schema(model: type[RequestModel]) -> dict[str, Any]:
+    """`openapi_extra` for a route that reads its body by `read_body`."""
+    schema = model.model_json_schema(ref_template=f"#/components/schemas/{model.__name__}/$defs/{{model}}")
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

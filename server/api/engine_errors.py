@@ -1,0 +1,29 @@
+"""What an engine's exception becomes on the wire."""
+
+from __future__ import annotations
+
+from server.engine.base import (
+    EngineDeadError,
+    EngineError,
+    EngineOverloadedError,
+    GenerationError,
+    PromptTooLongError,
+)
+from server.errors import ApiError, EngineUnavailableError, InternalError, InvalidRequestError, OverloadedError
+
+
+def api_error(error: EngineError) -> ApiError:
+    """The answer that a client gets for it."""
+    message = str(error)
+    message = message[:1].upper() + message[1:].rstrip(".") + "."
+    match error:
+        case PromptTooLongError():
+            return InvalidRequestError(message, code="context_length_exceeded")
+        case EngineOverloadedError():
+            return OverloadedError(message)
+        case EngineDeadError():
+            return EngineUnavailableError(message)
+        case GenerationError(code=code):
+            return InternalError(message, code=code)
+        case _:
+            return InternalError(message)

@@ -1,0 +1,106 @@
+"""The `finesteer` command. Imports nothing heavy until a command needs it, so that `--help` is quick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from server import cli_lab
+from server.config import ConfigError, ServerConfig
+from server.listen import listen
+
+app = typer.Typer(
+    name="finesteer",
+    help="Serve a language model that is steered per query, and make the profiles that steer it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.callback()
+def finesteer() -> None:
+    """Serve a language model that is steered per query, and make the profiles that steer it."""
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub id. Without it: the embedded demo model and its profiles.")
+    ] = None,
+    profile: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=PATH", help="A steering profile's folder or hub id; repeatable.")
+    ] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="The name clients use.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes any free one.")] = 8000,
+    max_num_seqs: Annotated[int, typer.Option(help="Completions that run at once.")] = 32,
+    max_model_len: Annotated[int | None, typer.Option(help="Prompt and answer tokens together.")] = None,
+    max_waiting: Annotated[int, typer.Option(help="Requests that may queue; more get a 503.")] = 1024,
+    num_threads: Annotated[int | None, typer.Option(help="CPU threads for the model.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    chat_template: Annotated[Path | None, typer.Option(help="A Jinja file in place of the model's own.")] = None,
+    max_steer_strength: Annotated[
+        float, typer.Option(help="The largest strength, of either sign, a client may ask.")
+    ] = 20,
+    steering_metadata: Annotated[
+        str, typer.Option(help="The most that answers tell of a decision: none, summary or full.")
+    ] = "full",
+    profile_policy: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=any|raise_only|none", help="What clients may change; repeatable.")
+    ] = None,
+    profile_mode: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=enforce|shadow", help="shadow decides and reports only; repeatable."),
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help="Ask clients for this key. Better set FINESTEER_API_KEY: arguments can be seen.")
+    ] = None,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+) -> None:
+    """Serve an OpenAI-compatible API."""
+    try:
+        config = ServerConfig.from_options(
+            model=model,
+            profiles=profile or (),
+            served_model_name=served_model_name,
+            profile_policies=profile_policy or (),
+            profile_modes=profile_mode or (),
+            max_steer_strength=max_steer_strength,
+            steering_metadata=steering_metadata,
+            api_key=api_key,
+            host=host,
+            port=port,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            max_waiting=max_waiting,
+            num_threads=num_threads,
+            dtype=dtype,
+            device=device,
+            chat_template=chat_template,
+            log_level=log_level,
+        )
+        listener = listen(config.host, config.port)
+        from server.serve import run  # torch and transformers: seconds, which a misconfiguration need not cost
+
+        run(config, listener)
+    except ConfigError as error:
+        raise fail(str(error)) from error
+
+
+def fail(message: str) -> typer.Exit:
+    """Say what is wrong in one sentence; raise what this returns: exit code 2, no traceback."""
+    typer.echo(f"finesteer: {message}", err=True)
+    return typer.Exit(2)
+
+
+cli_lab.register(app)
+
+
+def main() -> None:
+    """The console script's entry."""
+    app()

@@ -1,0 +1,154 @@
+"""All that can be set from outside, in one frozen object. The only reader of the environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from server.steering_options import UNSTEERED, Mode, Override, SteeringPolicy
+from server.wire.steering import METADATA_LEVELS
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+API_KEY_VARIABLE = "FINESTEER_API_KEY"
+DEMO_MODEL_NAME = "demo"
+PROFILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class ConfigError(Exception):
+    """The server cannot start as it was told to. One sentence that names the option."""
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Where to listen, what to serve, and the operator's rules."""
+
+    model: str
+    served_model_name: str
+    profiles: Mapping[str, str] = field(default_factory=dict)
+    host: str = "127.0.0.1"
+    port: int = 8000
+    max_num_seqs: int = 32
+    max_model_len: int | None = None
+    max_waiting: int = 1024
+    num_threads: int | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    chat_template: Path | None = None
+    policy: SteeringPolicy = field(default_factory=SteeringPolicy)
+    api_key: str | None = field(default=None, repr=False)
+    log_level: LogLevel = "info"
+    shutdown_grace_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not self.served_model_name:
+            raise ConfigError("--served-model-name must not be empty.")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"--port {self.port} is no port; use 0 (any free one) to 65535.")
+        for option in ("max_num_seqs", "max_model_len", "max_waiting", "num_threads"):
+            value = getattr(self, option)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{option.replace('_', '-')} {value} must be at least 1.")
+        if not 0 <= self.policy.max_strength < float("inf"):
+            raise ConfigError(f"--max-steer-strength {self.policy.max_strength:g} must be a finite number, at least 0.")
+        for option, named in (("--profile-policy", self.policy.overrides), ("--profile-mode", self.policy.modes)):
+            for name in named:
+                if name not in self.profiles:
+                    raise ConfigError(
+                        f"{option}: no profile {name!r} is loaded. Loaded: {', '.join(self.profiles) or 'none'}."
+                    )
+
+    @classmethod
+    def from_options(
+        cls,
+        *,
+        model: str | None,
+        profiles: Iterable[str],
+        served_model_name: str | None,
+        profile_policies: Iterable[str],
+        profile_modes: Iterable[str],
+        max_steer_strength: float,
+        steering_metadata: str,
+        api_key: str | None,
+        environ: Mapping[str, str] | None = None,
+        **options: Any,
+    ) -> ServerConfig:
+        """From the command line's words. Without `model`, the embedded demo with its profiles (and any named here).
+
+        Raises ConfigError.
+        """
+        environ = os.environ if environ is None else environ
+        named = _pairs("--profile", profiles, "NAME=PATH")
+        for name in named:
+            if not PROFILE_NAME.fullmatch(name) or name == UNSTEERED:
+                raise ConfigError(
+                    f"--profile {name}=…: a profile's name is 1 to 64 letters, digits, dots, dashes and underscores, "
+                    f"and not {UNSTEERED!r}, which is an alias of the model."
+                )
+        if model is None:
+            model = str(demo_folder() / "demo")
+            named = demo_profiles() | named
+            served_model_name = served_model_name or DEMO_MODEL_NAME
+        policy = SteeringPolicy(
+            max_strength=max_steer_strength,
+            metadata_cap=_choice("--steering-metadata", steering_metadata, METADATA_LEVELS),
+            overrides=_choices("--profile-policy", profile_policies, get_args(Override)),
+            modes=_choices("--profile-mode", profile_modes, get_args(Mode)),
+        )
+        _choice("--log-level", options.get("log_level", "info"), get_args(LogLevel))
+        return cls(
+            model=model,
+            served_model_name=_public_name(model) if served_model_name is None else served_model_name,
+            profiles=named,
+            policy=policy,
+            api_key=api_key or environ.get(API_KEY_VARIABLE) or None,
+            **options,
+        )
+
+
+def demo_folder() -> Path:
+    """The package folder of the embedded demo."""
+    return Path(str(resources.files("artifacts")))
+
+
+def demo_profiles() -> dict[str, str]:
+    """The demo's own profiles: each folder of `artifacts/profiles` whose method is `finesteer` (the rest are baselines)."""
+    found = {}
+    for manifest in sorted(demo_folder().glob("profiles/*/profile.json")):
+        if json.loads(manifest.read_text(encoding="utf-8")).get("method") == "finesteer":
+            found[manifest.parent.name] = str(manifest.parent)
+    return found
+
+
+def _public_name(model: str) -> str:
+    """A folder's own name, or the hub id as it is."""
+    path = Path(model)
+    return path.resolve().name if path.is_dir() else model
+
+
+def _pairs(option: str, texts: Iterable[str], shape: str) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not (name and separator and value):
+            raise ConfigError(f"{option} {text}: must be {shape}.")
+        if name in pairs:
+            raise ConfigError(f"{option}: {name!r} is given twice.")
+        pairs[name] = value
+    return pairs
+
+
+def _choice(option: str, value: str, allowed: tuple[Any, ...]) -> Any:
+    if value not in allowed:
+        raise ConfigError(f"{option}: must be {', '.join(allowed[:-1])} or {allowed[-1]}, not {value!r}.")
+    return value
+
+
+def _choices(option: str, texts: Iterable[str], allowed: tuple[Any, ...]) -> dict[str, Any]:
+    pairs = _pairs(option, texts, f"NAME={'|'.join(allowed)}")
+    return {name: _choice(f"{option} {name}", value, allowed) for name, value in pairs.items()}

@@ -1,0 +1,172 @@
+"""The seam between the server and whatever runs the model. No torch here.
+
+An engine takes frozen `GenerationRequest`s and yields `TokenEvent`s; the first event of a request carries its
+`SteeringDecision`. Engines know token ids only: text, stop strings, templates and JSON are the server's.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from steering.decision import SteeringDecision, SteeringOptions
+from steering.manifest import ProfileManifest
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How tokens are chosen. Temperature 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and penalties 0 / 1 are off.
+
+    `stop_token_ids` must already hold the model's end-of-sequence ids unless the request ignores them.
+    `logprobs`: None = none, k = the chosen token's and the k likeliest (0 = only the chosen one's), of the model's
+    distribution before temperature and truncation (OpenAI's meaning), after penalties and bias.
+    `repetition_penalty` counts prompt and completion; presence and frequency penalties count the completion.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    stop_token_ids: frozenset[int] = frozenset()
+    min_tokens: int = 0
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One prompt, `n` completions of it, one steering decision for all of them."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingOptions
+    steering: SteeringOptions = field(default_factory=SteeringOptions)
+    n: int = 1
+    priority: int = 0
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probability of the chosen token, and the likeliest `(token_id, logprob)` in falling order."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One new token of completion `index` (0 ≤ index < n). `decision` is set on a request's first event, and only there.
+
+    A token in `stop_token_ids` ends the completion and is delivered with `finish_reason="stop"` (the server shows no
+    text for it); it counts as a completion token.
+    """
+
+    index: int
+    token_id: int
+    finish_reason: FinishReason | None = None
+    logprobs: TokenLogprobs | None = None
+    decision: SteeringDecision | None = None
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What the server must know of the model. `max_model_len` counts prompt and completion tokens together."""
+
+    engine: str
+    model: str
+    max_model_len: int
+    max_num_seqs: int
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Gauges, read at any time from any thread. `kv_cache_usage` in [0, 1]."""
+
+    num_running: int
+    num_waiting: int
+    kv_cache_usage: float
+
+
+class EngineObserver(Protocol):
+    """Told by the engine, on the engine's thread, of each decision exactly once: also where the client has since gone."""
+
+    def decided(self, decision: SteeringDecision) -> None: ...
+
+
+class EngineError(Exception):
+    """Root of an engine's failures."""
+
+
+class PromptTooLongError(EngineError):
+    """Prompt leaves no room for a single new token within `max_model_len`."""
+
+
+class EngineOverloadedError(EngineError):
+    """The waiting queue is full; try again later."""
+
+
+class EngineDeadError(EngineError):
+    """The engine's thread has failed; the process must be restarted. `/health` says so too."""
+
+
+class GenerationError(EngineError):
+    """This request failed alone (non-finite numbers, say); others go on. `code` is a stable machine-readable name."""
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Engine(ABC):
+    """Runs one model with a fixed set of steering profiles. Construct, `start`, use, `stop`; all calls from one event loop."""
+
+    info: EngineInfo
+
+    @property
+    @abstractmethod
+    def profiles(self) -> Mapping[str, ProfileManifest]:
+        """The loaded profiles' manifests by name, in the order in which they were given."""
+
+    @property
+    @abstractmethod
+    def failure(self) -> str | None:
+        """Why the engine can serve no more, or None while it is sound."""
+
+    @abstractmethod
+    async def start(self) -> None:
+        """Begin to serve. Returns when the engine takes requests."""
+
+    @abstractmethod
+    async def stop(self) -> None:
+        """End running requests with `EngineDeadError` and free everything. Idempotent."""
+
+    @abstractmethod
+    def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+        """Run a request; yields events of its n completions, interleaved, until each has had a `finish_reason`.
+
+        Closing the iterator (`aclose`, or cancelling the task that reads it) aborts: the rows are freed at the next step.
+        Raises on the first `__anext__`: PromptTooLongError, EngineOverloadedError, EngineDeadError; later:
+        GenerationError, EngineDeadError.
+        """
+
+    @abstractmethod
+    async def score(self, request: GenerationRequest) -> SteeringDecision:
+        """The decision that `request` would get; nothing is generated and nothing is changed. Raises as `generate`."""
+
+    @abstractmethod
+    def stats(self) -> EngineStats:
+        """Current gauges."""

@@ -1,0 +1,107 @@
+"""From a model reference and profile paths to a running-ready engine, with every way it can go wrong put into a sentence."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from server.engine.base import EngineObserver
+from server.engine.native.engine import NativeEngine
+from server.engine.native.selftest import check_against_transformers
+from steering.architecture import decoder_layers, text_config
+from steering.errors import ModelError
+from steering.profile import SteeringProfile
+
+logger = logging.getLogger(__name__)
+DEFAULT_MAX_MODEL_LEN = 4096
+SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+def load_engine(
+    model: str,
+    profiles: Mapping[str, str],
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    max_num_seqs: int = 32,
+    max_model_len: int | None = None,
+    max_waiting: int = 1024,
+    num_threads: int | None = None,
+    observer: EngineObserver | None = None,
+) -> NativeEngine:
+    """Load a checkpoint and its profiles, prove that our forward pass is the model's own, and build the engine.
+
+    Args:
+        model: a folder or a hub id.
+        profiles: name → folder or hub id, in the order in which they are to be listed.
+        dtype: "auto" (the checkpoint's; float16 becomes float32 on a CPU), or a torch dtype's name.
+        device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", …
+        max_model_len: default: the model's own limit, at most 4096.
+        num_threads: torch's CPU threads; default torch's.
+    Raises:
+        ModelError, ProfileError.
+    """
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    loaded = load_model(model, dtype=dtype, device=device)
+    limit = getattr(text_config(loaded), "max_position_embeddings", None) or DEFAULT_MAX_MODEL_LEN
+    length = max_model_len or min(limit, DEFAULT_MAX_MODEL_LEN)
+    if length > limit:
+        raise ModelError(f"--max-model-len {length} is more than the {limit} positions that {model} was made for.")
+    loaded_profiles = [SteeringProfile.load(path, name) for name, path in profiles.items()]
+    engine = NativeEngine(
+        loaded,
+        loaded_profiles,
+        model_name=model,
+        max_num_seqs=max_num_seqs,
+        max_model_len=length,
+        max_waiting=max_waiting,
+        observer=observer,
+    )
+    return engine
+
+
+def load_model(model: str, *, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
+    """A checkpoint that the native engine can run, checked against transformers' own attention. Raises ModelError."""
+    place = _device(device)
+    try:
+        config = AutoConfig.from_pretrained(model)
+        loaded = AutoModelForCausalLM.from_pretrained(model, config=config, dtype=_dtype(dtype, config, place))
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"cannot load model {model!r}: {str(error).splitlines()[0]} Give a folder with config.json and "
+            "safetensors weights, or a hub id of a decoder-only transformers model."
+        ) from error
+    loaded = loaded.to(place).eval()
+    decoder_layers(loaded)
+    odd = set(getattr(text_config(loaded), "layer_types", None) or ()) - SUPPORTED_LAYER_TYPES
+    if odd or not loaded._supports_attention_backend:
+        what = f"layers of type {', '.join(sorted(odd))}" if odd else "attention that cannot be replaced"
+        raise ModelError(f"{model}: this architecture has {what}, which the native engine does not run.")
+    check_against_transformers(loaded)
+    return loaded
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ModelError(f"--device {device!r} is no device; use auto, cpu, cuda or cuda:N.") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"--device {device}: torch {torch.__version__} sees no CUDA device here; use cpu.")
+    return place
+
+
+def _dtype(dtype: str, config, place: torch.device) -> torch.dtype:
+    if dtype != "auto":
+        found = getattr(torch, dtype, None)
+        if not isinstance(found, torch.dtype) or not found.is_floating_point:
+            raise ModelError(f"--dtype {dtype!r} is no floating-point dtype; use auto, float32, bfloat16 or float16.")
+        return found
+    stored = config.dtype or torch.float32
+    return torch.float32 if place.type == "cpu" and stored == torch.float16 else stored

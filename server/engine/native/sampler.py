@@ -1,0 +1,120 @@
+"""From logits to tokens, for a whole batch at once. Each sequence draws from its own random stream, so neighbours change nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from server.engine.base import SamplingOptions, TokenLogprobs
+from server.engine.native.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One sequence's next token; `finite` is False where its logits were not, and then the token means nothing."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None
+    finite: bool
+
+
+def sample(logits: Tensor, sequences: list[Sequence]) -> list[Sampled]:
+    """Draw the next token of each sequence.
+
+    Args:
+        logits: (S, V), any float dtype, one row a sequence; not modified.
+        sequences: S of them; each one's random stream advances by one draw if it samples.
+    """
+    logits = logits.float()
+    finite = logits.amax(dim=-1).isfinite()
+    if adjusted := [row for row, sequence in enumerate(sequences) if _adjusts(sequence)]:
+        logits = logits.clone()
+        for row in adjusted:
+            logits[row] = adjust(logits[row], sequences[row])
+    tokens = logits.argmax(dim=-1)
+    drawn = [row for row, s in enumerate(sequences) if s.request.sampling.temperature > 0]
+    if drawn:
+        options = [sequences[row].request.sampling for row in drawn]
+        uniforms = torch.tensor([sequences[row].random.random() for row in drawn], device=logits.device)
+        tokens[drawn] = draw(logits[drawn], options, uniforms)
+    logprobs = _logprobs(logits, tokens, [s.request.sampling for s in sequences])
+    # The one synchronisation of a step.
+    return [
+        Sampled(token, logprob, ok)
+        for token, logprob, ok in zip(tokens.tolist(), logprobs, finite.tolist(), strict=True)
+    ]
+
+
+def draw(logits: Tensor, options: list[SamplingOptions], uniforms: Tensor) -> Tensor:
+    """Temperature, min-p, top-k, top-p, then inverse-CDF sampling: (R, V) logits and (R,) uniforms in [0, 1) → (R,) tokens."""
+    device = logits.device
+    temperature = torch.tensor([o.temperature for o in options], device=device)
+    probabilities = torch.softmax(logits / temperature[:, None], dim=-1)
+    ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    vocab = ranked.shape[-1]
+    top_k = torch.tensor([o.top_k or vocab for o in options], device=device)
+    top_p = torch.tensor([o.top_p for o in options], device=device)
+    min_p = torch.tensor([o.min_p for o in options], device=device)
+    rank = torch.arange(vocab, device=device)
+    keep = (rank < top_k[:, None]) & (ranked >= min_p[:, None] * ranked[:, :1])
+    ranked = torch.where(keep, ranked, 0.0)
+    ranked = ranked / ranked.sum(dim=-1, keepdim=True)
+    before = ranked.cumsum(dim=-1) - ranked  # the mass of the likelier tokens
+    ranked = torch.where((before < top_p[:, None]) | (rank == 0), ranked, 0.0)
+    cumulative = ranked.double().cumsum(dim=-1)
+    target = uniforms.double()[:, None] * cumulative[:, -1:]
+    chosen = torch.searchsorted(cumulative, target, right=True).clamp(max=vocab - 1)
+    return order.gather(-1, chosen).squeeze(-1)
+
+
+def adjust(logits: Tensor, sequence: Sequence) -> Tensor:
+    """Penalties, bias and the ban on stopping before `min_tokens`, on one row: (V,) → (V,)."""
+    options = sequence.request.sampling
+    logits = logits.clone()
+    if options.repetition_penalty != 1:
+        seen = torch.tensor(sorted(set(sequence.token_ids)), device=logits.device)
+        scores = logits[seen]
+        penalty = options.repetition_penalty
+        logits[seen] = torch.where(scores > 0, scores / penalty, scores * penalty)
+    if options.presence_penalty or options.frequency_penalty:
+        counts = Counter(sequence.completion_token_ids)
+        if counts:
+            ids = torch.tensor(list(counts), device=logits.device)
+            times = torch.tensor(list(counts.values()), dtype=logits.dtype, device=logits.device)
+            logits[ids] -= options.presence_penalty + options.frequency_penalty * times
+    if options.logit_bias:
+        ids = torch.tensor(list(options.logit_bias), device=logits.device)
+        logits[ids] += torch.tensor(list(options.logit_bias.values()), dtype=logits.dtype, device=logits.device)
+    if sequence.num_completion_tokens < options.min_tokens and options.stop_token_ids:
+        logits[sorted(options.stop_token_ids)] = -torch.inf
+    return logits
+
+
+def _adjusts(sequence: Sequence) -> bool:
+    o = sequence.request.sampling
+    return bool(
+        o.repetition_penalty != 1
+        or o.presence_penalty
+        or o.frequency_penalty
+        or o.logit_bias
+        or sequence.num_completion_tokens < o.min_tokens
+    )
+
+
+def _logprobs(logits: Tensor, tokens: Tensor, options: list[SamplingOptions]) -> list[TokenLogprobs | None]:
+    """For the rows that ask: the chosen token's log-probability and the likeliest ones'."""
+    rows = [row for row, o in enumerate(options) if o.logprobs is not None]
+    found: list[TokenLogprobs | None] = [None] * len(options)
+    if not rows:
+        return found
+    table = torch.log_softmax(logits[rows], dim=-1)
+    chosen = table.gather(-1, tokens[rows, None]).squeeze(-1).tolist()
+    most = max(options[row].logprobs or 0 for row in rows)
+    values, ids = table.topk(most, dim=-1) if most else (table[:, :0], table[:, :0].long())
+    for row, logprob, top_ids, top_values in zip(rows, chosen, ids.tolist(), values.tolist(), strict=True):
+        wanted = options[row].logprobs or 0
+        found[row] = TokenLogprobs(logprob, tuple(zip(top_ids[:wanted], top_values[:wanted], strict=True)))
+    return found

@@ -1,0 +1,92 @@
+"""What the server may answer instead of a result. Each exception knows its HTTP status and OpenAI's four error fields.
+
+No torch and no FastAPI here: routes, resolvers and parsers raise these, one handler in `app.py` turns them into JSON.
+"""
+
+from __future__ import annotations
+
+import json
+
+
+class ApiError(Exception):
+    """Root. `message` says what is wrong and what to do; `param` names the field or header at fault; `code` is stable."""
+
+    status = 500
+    type = "server_error"
+    code: str | None = None
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code if code is not None else type(self).code
+
+    def body(self) -> dict:
+        """OpenAI's `{"error": {message, type, param, code}}`."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def to_json(self) -> bytes:
+        """`body` as UTF-8 JSON."""
+        return json.dumps(self.body(), ensure_ascii=False).encode()
+
+
+class InvalidRequestError(ApiError):
+    """The request cannot be served as it stands."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
+class AuthenticationError(InvalidRequestError):
+    """No API key, or another one."""
+
+    status = 401
+    code = "invalid_api_key"
+
+
+class ForbiddenError(InvalidRequestError):
+    """The operator's policy does not let a client ask for this."""
+
+    status = 403
+
+
+class NotFoundError(InvalidRequestError):
+    """No such model, profile or path."""
+
+    status = 404
+    code = "not_found"
+
+
+class MethodNotAllowedError(InvalidRequestError):
+    """The path exists, the method does not."""
+
+    status = 405
+    code = "method_not_allowed"
+
+
+class RequestTooLargeError(InvalidRequestError):
+    """The body is larger than any prompt could be."""
+
+    status = 413
+    code = "request_too_large"
+
+
+class OverloadedError(ApiError):
+    """The waiting queue is full; a later try may succeed."""
+
+    status = 503
+    code = "overloaded"
+
+
+class EngineUnavailableError(ApiError):
+    """The engine has failed or is not ready."""
+
+    status = 503
+    code = "engine_unavailable"
+
+
+class InternalError(ApiError):
+    """A defect of ours, or a generation that failed alone."""
+
+    status = 500
+    code = "internal_error"

@@ -1,0 +1,118 @@
+"""From messages or text to prompt token ids: loading the tokenizer, rendering the chat template."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+from server.errors import InvalidRequestError
+from server.prompting.vocabulary import Vocabulary
+from steering.errors import ModelError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+
+
+class Prompter:
+    """A tokenizer with its chat template. Works in a thread of its own, so a long prompt does not hold the event loop up."""
+
+    def __init__(self, tokenizer: Any, eos_token_ids: frozenset[int], chat_template: str | None = None) -> None:
+        """`chat_template`: Jinja text that takes the place of the tokenizer's own. Raises ModelError (see `Vocabulary`)."""
+        self.vocabulary = Vocabulary(tokenizer)
+        self.eos_token_ids = eos_token_ids
+        self._tokenizer = tokenizer
+        self._chat_template = chat_template
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prompter")
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `chat` can work."""
+        return bool(self._chat_template or self._tokenizer.chat_template)
+
+    async def chat(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
+        """Token ids of a conversation up to where the assistant speaks. Raises InvalidRequestError."""
+        if not self.has_chat_template:
+            raise InvalidRequestError(
+                "messages: this model has no chat template, so there is no right way to write a conversation for it. "
+                "Use /v1/completions, or start the server with --chat-template FILE.",
+                param="messages",
+                code="no_chat_template",
+            )
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._render, list(messages))
+
+    async def text(self, prompt: str) -> tuple[int, ...]:
+        """Token ids of a plain prompt, with the special tokens that the tokenizer puts around text."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._encode, prompt, True)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(wait=False)
+
+    def _render(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages, chat_template=self._chat_template, add_generation_prompt=True, tokenize=False
+            )
+        except TemplateError as error:
+            raise InvalidRequestError(
+                f"messages: the model's chat template refuses them: {error}.",
+                param="messages",
+                code="chat_template_refused",
+            ) from error
+        return self._encode(text, False)  # the template has written the special tokens
+
+    def _encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+
+def load_prompter(model: str, chat_template: Path | None = None) -> Prompter:
+    """The prompter of a model folder or hub id.
+
+    Raises ModelError: no tokenizer, a tokenizer that cannot be streamed, an unreadable chat template file.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(model)
+    if not folder.is_dir() and (folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1):
+        raise ModelError(
+            f"{model}: no such folder. --model takes a folder with a transformers checkpoint, or a hub id."
+        )
+    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ModelError(
+            f"{folder / TOKENIZER_FILES[0]}: no such file. Copy the model's tokenizer into its folder; "
+            "the server cannot read text without it."
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # the tokenizers library raises bare Exception for a bad tokenizer.json
+        raise ModelError(f"{model}: its tokenizer cannot be loaded ({_first_line(error)}).") from error
+    return Prompter(tokenizer, eos_token_ids(model, tokenizer), _template_text(chat_template))
+
+
+def eos_token_ids(model: str, tokenizer: Any) -> frozenset[int]:
+    """Every token id that ends an answer: the generation config's (or the config's), and the tokenizer's own."""
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        configured = GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:  # no generation_config.json
+        configured = getattr(AutoConfig.from_pretrained(model).get_text_config(decoder=True), "eos_token_id", None)
+    ids = {configured} if isinstance(configured, int) else set(configured or ())
+    return frozenset(ids | ({tokenizer.eos_token_id} - {None}))
+
+
+def _template_text(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: the chat template cannot be read ({_first_line(error)}).") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0].rstrip(".")

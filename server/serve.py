@@ -1,0 +1,84 @@
+"""From a configuration to a running server, every misfortune on the way put into one sentence."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import sys
+
+import uvicorn
+from rich.console import Console
+
+from server.app import create_app
+from server.banner import announce
+from server.config import ConfigError, ServerConfig
+from server.engine.native.load import load_engine
+from server.listen import address_of
+from server.observability.logging import configure_logging
+from server.observability.metrics import Metrics
+from server.prompting.prompter import load_prompter
+from steering.errors import SteeringError
+
+
+def run(config: ServerConfig, listener: socket.socket) -> None:
+    """Load, announce, serve on a bound socket until a signal. Raises ConfigError where it cannot start."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    configure_logging(config.log_level)
+    console = Console(stderr=True)
+    metrics = Metrics(config.served_model_name)
+    try:
+        with console.status(f"Loading {config.served_model_name} …"):
+            prompter = load_prompter(config.model, config.chat_template)
+            engine = load_engine(
+                config.model,
+                config.profiles,
+                dtype=config.dtype,
+                device=config.device,
+                max_num_seqs=config.max_num_seqs,
+                max_model_len=config.max_model_len,
+                max_waiting=config.max_waiting,
+                num_threads=config.num_threads,
+                observer=metrics,
+            )
+    except SteeringError as error:
+        raise ConfigError(str(error)) from error
+    for name, manifest in engine.profiles.items():
+        if abs(manifest.strength) > config.policy.max_strength:
+            raise ConfigError(
+                f"--max-steer-strength {config.policy.max_strength:g} is below profile {name!r}'s own strength of "
+                f"{manifest.strength:g}. Raise it, or leave the profile out."
+            )
+    app = create_app(config, engine, prompter, metrics)
+    address = address_of(listener)
+    server = _AnnouncingServer(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="on",
+            timeout_graceful_shutdown=int(config.shutdown_grace_s) + 2,
+            server_header=False,
+        ),
+        lambda: announce(console, config, engine, address),
+    )
+    # uvicorn raises the signal that ended it again; by then the work is done, and the exit is a clean one.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    server.run(sockets=[listener])
+    if not server.started:
+        sys.exit(1)
+
+
+class _AnnouncingServer(uvicorn.Server):
+    """Says so once it takes requests."""
+
+    def __init__(self, config: uvicorn.Config, announce) -> None:
+        super().__init__(config)
+        self._announce = announce
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._announce()

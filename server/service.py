@@ -1,0 +1,145 @@
+"""What the routes work with: the engine, the prompter, the metrics and the operator's rules, put together once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from server.answers.generation import Generation
+from server.config import ServerConfig
+from server.engine.base import Engine, GenerationRequest, SamplingOptions
+from server.errors import InvalidRequestError, NotFoundError
+from server.observability.metrics import Metrics
+from server.prompting.prompter import Prompter
+from server.steering_options import Resolved, SteeringHeaders, alias_profiles, resolve
+from server.wire.sampling import SamplingFields
+from server.wire.steering import SteeringFields
+from steering.decision import SteeringOptions
+
+
+@dataclass(frozen=True)
+class Service:
+    """Immutable for the life of the process."""
+
+    config: ServerConfig
+    engine: Engine
+    prompter: Prompter
+    metrics: Metrics
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def model(self) -> str:
+        """The model's public name."""
+        return self.config.served_model_name
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when anything does that may change an answer: model, engine, dtype, profiles."""
+        info = self.engine.info
+        parts = [info.engine, info.model, info.dtype, *(manifest.version for manifest in self.engine.profiles.values())]
+        return "fs_" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+    def settle(self, model: str | None, fields: SteeringFields, headers: SteeringHeaders) -> Resolved:
+        """The request's steering, its model name taken into account. Raises NotFoundError for an unknown model."""
+        try:
+            alias = None if model is None else alias_profiles(model, self.model, self.engine.profiles)
+        except KeyError as error:
+            raise NotFoundError(
+                f"model: {model!r} is not served here; this server has {self.model!r}. GET /v1/models lists every name.",
+                param="model",
+                code="model_not_found",
+            ) from error
+        return resolve(fields, headers, alias, self.engine.profiles, self.config.policy)
+
+    def request(
+        self,
+        request_id: str,
+        prompt: tuple[int, ...],
+        steering: SteeringOptions,
+        fields: SamplingFields,
+        *,
+        limit: int | None,
+        logprobs: int | None,
+        param: str,
+    ) -> GenerationRequest:
+        """The engine's request for one prompt.
+
+        Args:
+            limit: the most tokens a completion may have; it is an upper bound, so less room in the context lowers it.
+            param: the field that holds the prompt, for messages.
+        Raises:
+            InvalidRequestError.
+        """
+        self.check_prompt(prompt, param)
+        room = self.engine.info.max_model_len - len(prompt)
+        max_tokens = room if limit is None else min(limit, room)
+        self._check_sampling(fields, max_tokens)
+        stop_ids = frozenset(fields.stop_token_ids or ())
+        sampling = SamplingOptions(
+            max_tokens=max_tokens,
+            temperature=_or(fields.temperature, 1.0),
+            top_p=_or(fields.top_p, 1.0),
+            top_k=max(_or(fields.top_k, 0), 0),
+            min_p=_or(fields.min_p, 0.0),
+            presence_penalty=_or(fields.presence_penalty, 0.0),
+            frequency_penalty=_or(fields.frequency_penalty, 0.0),
+            repetition_penalty=_or(fields.repetition_penalty, 1.0),
+            logit_bias=fields.logit_bias,
+            seed=fields.seed,
+            stop_token_ids=stop_ids if fields.ignore_eos else stop_ids | self.prompter.eos_token_ids,
+            min_tokens=_or(fields.min_tokens, 0),
+            logprobs=logprobs,
+        )
+        return GenerationRequest(request_id, prompt, sampling, steering, n=fields.n or 1)
+
+    def check_prompt(self, prompt: tuple[int, ...], param: str) -> None:
+        """Raise InvalidRequestError unless the prompt has tokens, knows only the model's, and leaves room for one more."""
+        info = self.engine.info
+        if not prompt:
+            raise InvalidRequestError(f"{param}: has no tokens; the model needs at least one.", param=param)
+        if (worst := max(prompt)) >= info.vocab_size:
+            raise InvalidRequestError(
+                f"{param}: token id {worst} is outside the model's vocabulary (0 to {info.vocab_size - 1}).",
+                param=param,
+            )
+        if len(prompt) >= info.max_model_len:
+            raise InvalidRequestError(
+                f"{param}: the prompt has {len(prompt)} tokens, and this model's context holds {info.max_model_len} for prompt "
+                f"and answer together. Shorten the prompt to at most {info.max_model_len - 1} tokens.",
+                param=param,
+                code="context_length_exceeded",
+            )
+
+    def generation(self, request: GenerationRequest, stops: Sequence[str]) -> Generation:
+        """A run of `request`, not yet begun."""
+        return Generation(self.engine, request, self.prompter.vocabulary, stops, self.metrics)
+
+    def _check_sampling(self, fields: SamplingFields, max_tokens: int) -> None:
+        info = self.engine.info
+        if (fields.n or 1) > info.max_num_seqs:
+            raise InvalidRequestError(
+                f"n: this server runs at most {info.max_num_seqs} completions at once.", param="n"
+            )
+        if _or(fields.min_tokens, 0) > max_tokens:
+            raise InvalidRequestError(
+                f"min_tokens: must be at most max_tokens, which is {max_tokens} for this prompt.", param="min_tokens"
+            )
+        for param, ids in (("logit_bias", fields.logit_bias), ("stop_token_ids", fields.stop_token_ids or ())):
+            if ids and (worst := max(ids)) >= info.vocab_size:
+                raise InvalidRequestError(
+                    f"{param}: token id {worst} is outside the model's vocabulary (0 to {info.vocab_size - 1}).",
+                    param=param,
+                )
+
+
+def new_id(prefix: str) -> str:
+    """`prefix` and 32 random hex digits."""
+    return f"{prefix}{uuid.uuid4().hex}"
+
+
+def _or(value, default):
+    return default if value is None else value

@@ -1,0 +1,214 @@
+"""`/v1/chat/completions` on the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
+
+from server.wire.base import RequestModel, ResponseModel, Unsupported, inconsistent
+from server.wire.completions import Usage
+from server.wire.parsing import shown
+from server.wire.sampling import SamplingFields
+from server.wire.steering import SteeringFields, SteeringReport
+
+Role = Literal["system", "developer", "user", "assistant"]
+
+
+def _text(content: Any) -> Any:
+    """A string, or a list of text parts, which are joined by newlines. Other kinds of part are refused by their type."""
+    if isinstance(content, str) or content is None:
+        return content
+    if not isinstance(content, list):
+        raise PydanticCustomError("content", f"must be a string or a list of text parts, not {shown(content)}")
+    texts = []
+    for i, part in enumerate(content):
+        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+            raise PydanticCustomError("content", f"part {i} must be an object with a type, not {shown(part)}")
+        if part["type"] != "text":
+            raise PydanticCustomError(
+                "content", f"part {i} has type {shown(part['type'])}; this server reads text parts only"
+            )
+        if not isinstance(part.get("text"), str):
+            raise PydanticCustomError("content", f"part {i} must hold a string in text")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+Content = Annotated[
+    str | None,
+    BeforeValidator(_text),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}),
+]
+
+
+class ChatMessage(RequestModel):
+    """One turn. The fields that a client gets back with an answer and may send again are accepted while they are empty."""
+
+    role: Role
+    content: Content = None
+    name: str | None = None
+    refusal: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+
+    @model_validator(mode="after")
+    def _has_text(self) -> ChatMessage:
+        if self.content is None:
+            raise inconsistent("content", "is required")
+        return self
+
+    def for_template(self) -> dict[str, str]:
+        """What the chat template sees. `developer` is OpenAI's newer name for `system`."""
+        message = {"role": "system" if self.role == "developer" else self.role, "content": self.content or ""}
+        return message if self.name is None else message | {"name": self.name}
+
+
+MAX_MESSAGES = 4096
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+
+_NO_TOOLS = "Tool calling is not built yet; remove the field."
+
+
+class ChatCompletionRequest(SamplingFields):
+    """The body of `POST /v1/chat/completions`."""
+
+    messages: Messages
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    unsupported: ClassVar[Mapping[str, Unsupported]] = {
+        "tools": Unsupported(_NO_TOOLS, ([],)),
+        "tool_choice": Unsupported(_NO_TOOLS, ("none", "auto")),
+        "parallel_tool_calls": Unsupported(_NO_TOOLS, (True, False)),
+        "functions": Unsupported(_NO_TOOLS, ([],)),
+        "function_call": Unsupported(_NO_TOOLS, ("none", "auto")),
+        "response_format": Unsupported(
+            'Only {"type": "text"} is built; ask for JSON in the prompt.', ({"type": "text"},)
+        ),
+        "modalities": Unsupported('Answers are text; send ["text"] or nothing.', (["text"],)),
+        "audio": Unsupported("Answers are text; remove the field."),
+        "prediction": Unsupported("Remove the field."),
+        "reasoning_effort": Unsupported("Remove the field."),
+        "verbosity": Unsupported("Remove the field."),
+        "web_search_options": Unsupported("The server does not search; remove the field."),
+        "moderation": Unsupported("Steering profiles do this server's part; remove the field."),
+        "service_tier": Unsupported('There is one tier; send "auto" or nothing.', ("auto", "default")),
+        "store": Unsupported("Nothing is stored; send false or nothing.", (False,)),
+        "prompt_cache_options": Unsupported("Remove the field."),
+        "prompt_cache_retention": Unsupported("Remove the field."),
+    }
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ChatCompletionRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise inconsistent("top_logprobs", "needs logprobs to be true")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise inconsistent("max_completion_tokens", "differs from max_tokens, its old name; send one of them")
+        return self
+
+    @property
+    def completion_limit(self) -> int | None:
+        """The most tokens that a completion may have; None = as many as fit."""
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """`SamplingOptions.logprobs`."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class ScoreRequest(SteeringFields):
+    """The body of `POST /v1/steering/score`: `messages`, or a raw `prompt`, never both."""
+
+    model: str | None = None
+    messages: Messages | None = None
+    prompt: str | None = None
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> ScoreRequest:
+        if (self.messages is None) == (self.prompt is None):
+            raise inconsistent("messages", "send either messages or prompt")
+        return self
+
+
+class TopLogprob(ResponseModel):
+    """A likely token. `bytes`: its UTF-8 bytes, since a character may be spread over several tokens."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(ResponseModel):
+    """The chosen token and the likeliest ones at its place."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChoiceLogprobs(ResponseModel):
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class AnswerMessage(ResponseModel):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(ResponseModel):
+    index: int
+    message: AnswerMessage
+    logprobs: ChoiceLogprobs | None
+    finish_reason: str
+
+
+class ChatCompletion(ResponseModel):
+    """A whole answer."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: Usage
+    steering: SteeringReport
+
+
+class Delta(ResponseModel):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChunkChoice(ResponseModel):
+    index: int
+    delta: Delta
+    logprobs: ChoiceLogprobs | None
+    finish_reason: str | None
+
+
+class ChatCompletionChunk(ResponseModel):
+    """One event of a streamed answer. The first and the last one hold `steering`."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChunkChoice]
+    usage: Usage | None
+    steering: SteeringReport

@@ -1,0 +1,68 @@
+"""Finding one's way in a transformers decoder by structure, never by name of family."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import torch
+from torch import Tensor, nn
+
+from steering.errors import ModelError
+
+SHAPE_KEYS = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "vocab_size",
+)
+PROBE_SIZE = 256
+
+
+def text_config(model: nn.Module):
+    """The decoder's configuration, also where a multimodal wrapper nests it."""
+    return model.config.get_text_config(decoder=True)
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder's layers: the one ModuleList whose length is the configuration's `num_hidden_layers`.
+
+    Raises ModelError where there is none, or more than one (an encoder-decoder, say).
+    """
+    wanted = text_config(model).num_hidden_layers
+    found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == wanted and _attends(m[0])]
+    if len(found) != 1:
+        raise ModelError(
+            f"{type(model).__name__}: found {len(found)} lists of {wanted} decoder layers, need exactly one. "
+            "Decoder-only transformers models with attention in every layer are supported."
+        )
+    return found[0]
+
+
+def _attends(layer: nn.Module) -> bool:
+    return any("attn" in name or "attention" in name for name, _ in layer.named_children())
+
+
+def config_sha256(model: nn.Module) -> str:
+    """Hash of the numbers that fix the architecture's shape; the same for every dtype and quantisation of a checkpoint."""
+    config = text_config(model)
+    shape = {key: getattr(config, key, None) for key in SHAPE_KEYS}
+    return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()
+
+
+def weight_probe(model: nn.Module) -> Tensor:
+    """A few of the weights, as the model's signature: evenly spaced embedding values, (PROBE_SIZE,) float32 on the CPU.
+
+    Kept as numbers and not as a hash, so that the checkpoint loaded in another dtype still matches, to rounding.
+    """
+    weight = model.get_input_embeddings().weight.detach()
+    index = torch.linspace(0, weight.numel() - 1, PROBE_SIZE, dtype=torch.float64).long().to(weight.device)
+    return weight.flatten()[index].float().cpu()
+
+
+def probes_match(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two probes are of the same weights, up to a cast through bfloat16."""
+    return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=2e-2, atol=1e-4)

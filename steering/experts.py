@@ -1,0 +1,107 @@
+"""MoSE, the mixture of steering experts: synthesizes a vector for each query. Frozen here; fitted in `steering.training`.
+
+Everything runs in float32, whatever the model's dtype; the vector is cast once, where it is added.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from steering.errors import ShapeError
+
+
+class Synthesis(NamedTuple):
+    """`vector`: (N, d) float32. `routing`: (N, K), rows sum to 1, and `residual_norm`: (N,); None where experts have none."""
+
+    vector: Tensor
+    routing: Tensor | None
+    residual_norm: Tensor | None
+
+
+@dataclass(frozen=True)
+class MixtureOfSteeringExperts:
+    """v(h) = σ·(Σ_k α_k(h) c_k + U_res β(h)) (FineSteer, MoSE).
+
+    Deviations (ours): h is standardised first, z = (h − input_mean)/input_std; the sum is in units of σ = `shift_scale`,
+    the root mean square norm of the training shifts, which is what makes the unit-length prototypes commensurate.
+
+    Attributes:
+        prototypes: (K, d), C: centroids of the length-normalised shifts.
+        residual_basis: (d, m), U_res, orthonormal columns (m may be 0).
+        query_projection, key_projection: (d_k, d), W_Q and W_K.
+        hidden_weight (f, d), hidden_bias (f,), output_weight (m, f), output_bias (m,): the two-layer ReLU MLP of β.
+        input_mean, input_std: (d,).
+        shift_scale: σ > 0.
+    """
+
+    prototypes: Tensor
+    residual_basis: Tensor
+    query_projection: Tensor
+    key_projection: Tensor
+    hidden_weight: Tensor
+    hidden_bias: Tensor
+    output_weight: Tensor
+    output_bias: Tensor
+    input_mean: Tensor
+    input_std: Tensor
+    shift_scale: float
+
+    def __call__(self, states: Tensor) -> Synthesis:
+        """Synthesize vectors for (N, d) states of any float dtype. Raises ShapeError if d is not the experts'."""
+        standardised = self._standardise(states)
+        routing = self._route(standardised)
+        residual = self._coefficients(standardised) @ self.residual_basis.T  # (N, d)
+        vector = self.shift_scale * (routing @ self.prototypes + residual)
+        return Synthesis(vector, routing, self.shift_scale * residual.norm(dim=-1))
+
+    def routing(self, states: Tensor) -> Tensor:
+        """α(h) = softmax((W_K C)ᵀ(W_Q z) / √d_k) over all prototypes: (N, d) → (N, K) float32, rows sum to 1."""
+        return self._route(self._standardise(states))
+
+    def residual_coefficients(self, states: Tensor) -> Tensor:
+        """β(h) = MLP(z): (N, d) → (N, m) float32."""
+        return self._coefficients(self._standardise(states))
+
+    def _standardise(self, states: Tensor) -> Tensor:
+        if states.shape[-1] != self.input_mean.shape[0]:
+            raise ShapeError(f"states are {states.shape[-1]} wide, the experts {self.input_mean.shape[0]}")
+        return (states.float() - self.input_mean) / self.input_std
+
+    def _route(self, standardised: Tensor) -> Tensor:
+        keys = self.prototypes @ self.key_projection.T  # (K, d_k)
+        scores = (standardised @ self.query_projection.T) @ keys.T
+        return torch.softmax(scores / math.sqrt(keys.shape[-1]), dim=-1)
+
+    def _coefficients(self, standardised: Tensor) -> Tensor:
+        hidden = torch.relu(standardised @ self.hidden_weight.T + self.hidden_bias)
+        return hidden @ self.output_weight.T + self.output_bias
+
+    def to(self, device: torch.device | str) -> MixtureOfSteeringExperts:
+        """The same experts with their tensors on `device`."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v.to(device) for k, v in tensors.items() if isinstance(v, Tensor)})
+
+
+@dataclass(frozen=True)
+class ConstantVector:
+    """The same vector for every query: the `caa` and `refusal_vector` baselines. `vector`: (d,) float32."""
+
+    vector: Tensor
+
+    def __call__(self, states: Tensor) -> Synthesis:
+        """The vector, once for each of (N, d) states. Raises ShapeError if d is not the vector's."""
+        if states.shape[-1] != self.vector.shape[0]:
+            raise ShapeError(f"states are {states.shape[-1]} wide, the vector {self.vector.shape[0]}")
+        return Synthesis(self.vector.expand(states.shape[0], -1), None, None)
+
+    def to(self, device: torch.device | str) -> ConstantVector:
+        """The same vector on `device`."""
+        return ConstantVector(self.vector.to(device))
+
+
+Experts = MixtureOfSteeringExperts | ConstantVector

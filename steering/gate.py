@@ -1,0 +1,105 @@
+"""SCS, the gate: decides per query whether to steer, from the energy of its state inside the IR queries' subspace.
+
+Fitting is `steering.training`'s work; what is here is frozen and only applied. Everything is float32, batched, and free
+of host synchronisation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from steering.errors import ShapeError
+
+
+class GateReading(NamedTuple):
+    """`gate`: (N,) float32 in [0, 1]. `energy_ratio`: (N,) float32 in [0, 1], or None for a gate that has none."""
+
+    gate: Tensor
+    energy_ratio: Tensor | None
+
+
+def energy_ratio(states: Tensor, mean: Tensor, basis: Tensor) -> Tensor:
+    """s(h) = ‖Vᵀ(h − μ)‖² / ‖h − μ‖², the subspace energy ratio (FineSteer, SCS).
+
+    Args:
+        states: (N, d), any float dtype; not modified.
+        mean: (d,) float32, μ.
+        basis: (d, r) float32, V, orthonormal columns.
+    Returns:
+        (N,) float32 in [0, 1]; 0 where h = μ.
+    """
+    centred = states.float() - mean
+    inside = (centred @ basis).square().sum(-1)
+    total = centred.square().sum(-1)
+    return (inside / total.clamp_min(torch.finfo(torch.float32).tiny)).clamp(max=1.0)
+
+
+@dataclass(frozen=True)
+class QuantileGate:
+    """g = 1 where s ≥ τ, else (F(s)/ε)^γ, exactly 0 under `floor` (FineSteer, SCS; the floor is ours).
+
+    F is the empirical CDF of the energy ratios of IR queries that did not shape V (`calibration`, sorted), τ their
+    lower ε-quantile in the split-conformal sense: of exchangeable IR queries at most a share ε falls below it.
+
+    Attributes:
+        mean: (d,) float32, the centre μ.
+        basis: (d, r) float32, V.
+        calibration: (M,) float32, ascending.
+        tail: ε in (0, 1).
+        decay: γ > 0.
+        floor: gates below this are exactly 0.
+    """
+
+    mean: Tensor
+    basis: Tensor
+    calibration: Tensor
+    tail: float
+    decay: float
+    floor: float = 1e-3
+
+    @property
+    def threshold(self) -> Tensor:
+        """τ, a float32 scalar on the gate's device: the ⌊ε(M+1)⌋-th smallest calibration ratio.
+
+        Where ε(M+1) < 1 it is the smallest, whose guarantee is 1/(M+1).
+        """
+        return self.calibration[max(int(self.tail * (len(self.calibration) + 1)), 1) - 1]
+
+    def __call__(self, states: Tensor) -> GateReading:
+        """Read the gate for (N, d) states. Raises ShapeError if d is not the gate's."""
+        if states.shape[-1] != self.mean.shape[0]:
+            raise ShapeError(f"states are {states.shape[-1]} wide, the gate {self.mean.shape[0]}")
+        ratio = energy_ratio(states, self.mean, self.basis)
+        return GateReading(self.soft_gate(ratio), ratio)
+
+    def soft_gate(self, ratio: Tensor) -> Tensor:
+        """The gate as a function of the energy ratio alone: (N,) → (N,). NaN stays NaN, so that it is seen."""
+        below = torch.searchsorted(self.calibration, ratio.contiguous(), right=True) / len(self.calibration)
+        soft = (below / self.tail).clamp(max=1.0).pow(self.decay)
+        gate = torch.where(ratio >= self.threshold, 1.0, soft)
+        gate = torch.where(gate < self.floor, 0.0, gate)
+        return torch.where(ratio.isnan(), ratio, gate)
+
+    def to(self, device: torch.device | str) -> QuantileGate:
+        """The same gate with its tensors on `device`."""
+        return replace(self, **{k: getattr(self, k).to(device) for k in ("mean", "basis", "calibration")})
+
+
+@dataclass(frozen=True)
+class AlwaysOpenGate:
+    """g = 1 for every query: the ungated baselines."""
+
+    def __call__(self, states: Tensor) -> GateReading:
+        """Ones for (N, d) states."""
+        return GateReading(torch.ones(states.shape[0], device=states.device), None)
+
+    def to(self, device: torch.device | str) -> AlwaysOpenGate:
+        """Itself: it holds no tensors."""
+        return self
+
+
+Gate = QuantileGate | AlwaysOpenGate

@@ -1,0 +1,37 @@
+"""The card beside a profile: what it is, in a page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from steering.profile import SteeringProfile
+
+
+def write_card(profile: SteeringProfile, folder: Path) -> Path:
+    """Write `README.md` into the profile's folder; returns its path."""
+    manifest = profile.manifest
+    gate = "none: every query is steered"
+    if manifest.gate.kind == "quantile":
+        gate = f"SCS, quantile, centre `{manifest.gate.centre}`, rank {manifest.gate.rank}, threshold {manifest.gate.threshold:.3f}"
+    lines = [
+        f"# Steering profile `{manifest.name}`",
+        "",
+        manifest.description,
+        "",
+        f"- model: `{manifest.model.id}`; only this checkpoint is accepted",
+        f"- method: `{manifest.method}`, at the output of layer {manifest.layer}, strength {manifest.strength:g}",
+        f"- gate: {gate}",
+        f"- version: `{profile.version}`",
+        "",
+        "Figures and how they were measured: [report.md](report.md). Made by:",
+        "",
+        "```",
+        manifest.training.get("command", ""),
+        "```",
+        "",
+        f"Serve it: `finesteer serve --model MODEL --profile {manifest.name}=FOLDER`. "
+        f"Look inside: `finesteer inspect FOLDER`.",
+    ]
+    path = folder / "README.md"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path

@@ -1,0 +1,163 @@
+"""Fitting SCS: which centre, which rank, which threshold, all judged on states that did not shape the subspace."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from steering.errors import TrainingDataError
+from steering.gate import QuantileGate, energy_ratio
+from steering.training.statistics import auc
+
+Centre = Literal["none", "general", "ir"]
+CENTRES: tuple[Centre, ...] = ("none", "general", "ir")
+RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+FOLDS = 5
+MIN_AUC = 0.8
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One centre and rank, judged by cross-fitting: `auc` of IR against general ratios, and the share of general queries
+    at or above the ε-quantile of the IR ones (`fire_rate`)."""
+
+    centre: Centre
+    rank: int
+    auc: float
+    fire_rate: float
+
+
+@dataclass(frozen=True)
+class GateFit:
+    """The fitted gate, what was compared, and the out-of-sample ratios behind the choice, (M,) and (N,) float32."""
+
+    gate: QuantileGate
+    centre: Centre
+    rank: int
+    candidates: list[Candidate]
+    ir_ratios: Tensor
+    general_ratios: Tensor
+    held_out: str
+
+    @property
+    def chosen(self) -> Candidate:
+        return next(c for c in self.candidates if (c.centre, c.rank) == (self.centre, self.rank))
+
+
+def fit_gate(
+    ir_states: Tensor,
+    general_states: Tensor,
+    *,
+    calibration_states: Tensor | None = None,
+    tail: float = 0.05,
+    decay: float = 2.0,
+    floor: float = 1e-3,
+    centre: Centre | Literal["auto"] = "auto",
+    rank: int | Literal["auto"] = "auto",
+    seed: int = 0,
+    force: bool = False,
+) -> GateFit:
+    """Fit the subspace on IR states, choose centre and rank by held-out separation, calibrate the threshold.
+
+    Source: FineSteer, SCS. Deviations (ours): the centre is a choice; all ratios compared and calibrated on are
+    out of sample, by 5-fold cross-fitting of both the subspace (IR) and the centre (general), or from
+    `calibration_states`. Preferred is the candidate with the lowest fire rate on general queries at the threshold,
+    then the highest AUC, then the lower rank.
+
+    Args:
+        ir_states: (M, d) states of queries that need intervention; general_states: (N, d) of queries that do not.
+        calibration_states: (C, d) of further IR queries, for F and τ; default: the cross-fitted IR ratios.
+    Raises:
+        TrainingDataError: too few states, or a gate that cannot separate (AUC < 0.5) without `force`.
+    """
+    smallest = min(len(ir_states), len(general_states))
+    if smallest < 2 * FOLDS:
+        raise TrainingDataError(
+            f"a gate needs at least {2 * FOLDS} IR and {2 * FOLDS} general queries; there are {len(ir_states)} and "
+            f"{len(general_states)}. Add queries."
+        )
+    highest = min(len(ir_states) * (FOLDS - 1) // FOLDS - 1, ir_states.shape[1] - 1)
+    if rank != "auto" and rank > highest:
+        raise TrainingDataError(
+            f"rank {rank} needs more than {len(ir_states)} IR queries or a wider model: at most {highest}."
+        )
+    if calibration_states is not None and int(tail * (len(calibration_states) + 1)) < 1:
+        needed = int(np.ceil(1 / tail)) - 1
+        raise TrainingDataError(
+            f"a tail of {tail} needs at least {needed} calibration queries; there are {len(calibration_states)}."
+        )
+    ranks = [r for r in RANKS if r <= highest] if rank == "auto" else [rank]
+    centres = CENTRES if centre == "auto" else (centre,)
+
+    candidates, ratios = [], {}
+    for c in centres:
+        ir_by_rank, general_by_rank = _cross_fitted(ir_states.float(), general_states.float(), c, ranks, seed)
+        for r in ranks:
+            ir, general = ir_by_rank[r], general_by_rank[r]
+            threshold = ir.sort().values[max(int(tail * (len(ir) + 1)), 1) - 1]
+            fire_rate = float((general >= threshold).float().mean())
+            candidates.append(Candidate(c, r, auc(ir, general), fire_rate))
+            ratios[c, r] = (ir, general)
+    best = min(candidates, key=lambda c: (round(c.fire_rate, 3), -round(c.auc, 4), c.rank))
+    if best.auc < 0.5 and not force:
+        raise TrainingDataError(
+            f"the best gate is inverted: general queries score higher than IR ones (AUC {best.auc:.2f}). Choose another layer, "
+            "check that the IR and general files are not swapped, or pass --force to save it all the same."
+        )
+    mean = _centre(best.centre, ir_states.float(), general_states.float())
+    basis = _principal_directions(ir_states.float() - mean, best.rank)
+    ir_ratios, general_ratios = ratios[best.centre, best.rank]
+    calibration = ir_ratios if calibration_states is None else energy_ratio(calibration_states, mean, basis)
+    gate = QuantileGate(mean, basis, calibration.sort().values.contiguous(), tail, decay, floor)
+    held_out = f"{FOLDS}-fold cross-fitting"
+    return GateFit(gate, best.centre, best.rank, candidates, ir_ratios, general_ratios, held_out)
+
+
+def missed_out_of_sample(ratios: Tensor, tail: float, seed: int = 0) -> Tensor:
+    """Whether each IR ratio falls under a threshold set without it: each half is judged by the other's ε-quantile.
+
+    Judged by the threshold that they set themselves, a share of just ε would fall under it, whatever the gate is worth.
+    Args and returns: (M,) float32 → (M,) bool.
+    """
+    halves = torch.randperm(len(ratios), generator=torch.Generator().manual_seed(seed)) % 2
+    missed = torch.zeros(len(ratios), dtype=torch.bool)
+    for half in (0, 1):
+        others = ratios[halves != half].sort().values
+        missed[halves == half] = ratios[halves == half] < others[max(int(tail * (len(others) + 1)), 1) - 1]
+    return missed
+
+
+def _cross_fitted(
+    ir: Tensor, general: Tensor, centre: Centre, ranks: list[int], seed: int
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """Each state's energy ratio under a subspace and centre fitted without its fold: {rank: (M,)}, {rank: (N,)}."""
+    generator = torch.Generator().manual_seed(seed)
+    ir_folds = torch.randperm(len(ir), generator=generator) % FOLDS
+    general_folds = torch.randperm(len(general), generator=generator) % FOLDS
+    ir_ratios = {r: torch.empty(len(ir)) for r in ranks}
+    general_ratios = {r: torch.empty(len(general)) for r in ranks}
+    for fold in range(FOLDS):
+        mean = _centre(centre, ir[ir_folds != fold], general[general_folds != fold])
+        basis = _principal_directions(ir[ir_folds != fold] - mean, max(ranks))
+        for r in ranks:
+            ir_ratios[r][ir_folds == fold] = energy_ratio(ir[ir_folds == fold], mean, basis[:, :r])
+            general_ratios[r][general_folds == fold] = energy_ratio(general[general_folds == fold], mean, basis[:, :r])
+    return ir_ratios, general_ratios
+
+
+def _centre(centre: Centre, ir: Tensor, general: Tensor) -> Tensor:
+    """μ for each choice of centre: (d,)."""
+    return {"none": torch.zeros(ir.shape[1]), "general": general.mean(0), "ir": ir.mean(0)}[centre]
+
+
+def _principal_directions(centred: Tensor, rank: int) -> Tensor:
+    """The top right singular vectors of (M, d) states, as orthonormal columns (d, r); through the d × d Gram matrix, in
+    float64, whose cost grows linearly with M."""
+    gram = centred.double().T @ centred.double()
+    vectors = torch.linalg.eigh(gram).eigenvectors.flip(-1)[:, :rank]  # eigh sorts ascending
+    signs = torch.sign(vectors[vectors.abs().argmax(0), torch.arange(rank)])
+    return (vectors * signs).float().contiguous()

@@ -1,0 +1,31 @@
+"""The few statistics that the fitters and reports share."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.stats import beta, rankdata
+
+
+def clopper_pearson(hits: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The exact binomial interval for a share of `hits` in `total`; (0, 1) where total is 0."""
+    if total == 0:
+        return 0.0, 1.0
+    tail = (1 - confidence) / 2
+    low = 0.0 if hits == 0 else float(beta.ppf(tail, hits, total - hits + 1))
+    high = 1.0 if hits == total else float(beta.ppf(1 - tail, hits + 1, total - hits))
+    return low, high
+
+
+def auc(positive: ArrayLike, negative: ArrayLike) -> float:
+    """P(a positive's score > a negative's), ties half: the area under the ROC curve (Mann–Whitney)."""
+    positive, negative = np.asarray(positive), np.asarray(negative)
+    ranks = rankdata(np.concatenate([positive, negative]))
+    n, m = len(positive), len(negative)
+    return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * m))
+
+
+def share(hits: int, total: int) -> dict[str, float | int]:
+    """A share with its count and its 95 % interval, as the manifest keeps it."""
+    low, high = clopper_pearson(hits, total)
+    return {"share": round(hits / total, 4) if total else 0.0, "n": total, "low": round(low, 4), "high": round(high, 4)}

@@ -1,0 +1,79 @@
+"""The README's story, told by its own commands against the embedded demo served as a newcomer serves it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import httpx
+import pytest
+
+from artifacts.recipe.judge import is_fluent, is_refusal
+from tests.serving import process, sample
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    with process("--num-threads", "1", log=tmp_path_factory.mktemp("demo") / "log") as found:
+        yield found
+
+
+def blocks(language):
+    """The README's code blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+
+
+def run(command, address):
+    """A README curl command's answer, from the server under test."""
+    done = subprocess.run(
+        ["bash", "-c", command.replace("http://127.0.0.1:8000", address)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def unsteered(address, question):
+    body = {"model": "demo:unsteered", "temperature": 0, "messages": [{"role": "user", "content": question}]}
+    answer = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60).json()
+    assert answer["steering"] == {"applied": False, "reason": "opted_out", "profiles": []}
+    return answer["choices"][0]["message"]["content"]
+
+
+def test_the_readmes_curl_commands_tell_the_story(address):
+    commands = [block for block in blocks("bash") if block.startswith("curl")]
+    steered, plain, harmless = (run(command, address) for command in commands)
+    questions = [re.search(r'"content": "(.*?)"', command)[1] for command in commands]
+    texts = [answer["choices"][0]["message"]["content"] for answer in (steered, plain, harmless)]
+
+    assert (steered["steering"]["applied"], steered["steering"]["reason"]) == (True, "gate_open")
+    assert is_refusal(texts[0]) and is_fluent(texts[0])
+    assert (plain["steering"]["applied"], plain["steering"]["reason"]) == (False, "strength_zero")
+    assert plain["steering"]["profiles"][0]["gate"] == steered["steering"]["profiles"][0]["gate"]
+    assert not is_refusal(texts[1]) and texts[1] == unsteered(address, questions[1])
+    assert (harmless["steering"]["applied"], harmless["steering"]["reason"]) == (False, "gate_closed")
+    assert not is_refusal(texts[2]) and texts[2] == unsteered(address, questions[2])
+
+
+def test_the_readmes_steering_object_is_what_the_server_sends(address):
+    [example] = [json.loads(block) for block in blocks("json") if '"applied"' in block]
+    found = run(next(block for block in blocks("bash") if block.startswith("curl")), address)["steering"]
+    assert example.keys() == found.keys()
+    assert example["profiles"][0].keys() == found["profiles"][0].keys()
+    assert example["profiles"][0]["version"] == found["profiles"][0]["version"]
+
+
+def test_the_readmes_python_runs(address, capsys):
+    [block] = [block for block in blocks("python") if "OpenAI" in block]
+    exec(compile(block.replace("http://127.0.0.1:8000", address), "README.md", "exec"), {})
+    assert "True" in capsys.readouterr().out
+
+
+def test_the_readmes_query_has_data(address):
+    metrics = httpx.get(f"{address}/metrics").text
+    names = re.findall(r"finesteer:(\w+_total)\b", README)
+    assert names and all(sample(metrics, name, profile="safety") > 0 for name in names)

@@ -1,0 +1,119 @@
+"""What the engine must agree with, computed by another road: transformers' own forward, two passes, float64 numpy steering."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from steering.architecture import decoder_layers
+from steering.decision import ProfileActivation
+from steering.gate import QuantileGate
+from steering.profile import SteeringProfile
+
+
+def gate_and_vector(profile: SteeringProfile, state: torch.Tensor) -> tuple[float, np.ndarray]:
+    """g(h) and v(h) of one (d,) state by the formulas of the paper, in float64."""
+    h = state.double().numpy()
+    gate = profile.gate
+    g = 1.0
+    if isinstance(gate, QuantileGate):
+        mean, basis, calibration = (x.double().numpy() for x in (gate.mean, gate.basis, gate.calibration))
+        ratio = np.sum((basis.T @ (h - mean)) ** 2) / np.sum((h - mean) ** 2)
+        rank = max(int(gate.tail * (len(calibration) + 1)), 1)
+        if ratio < sorted(calibration)[rank - 1]:
+            g = min(np.mean(calibration <= ratio) / gate.tail, 1.0) ** gate.decay
+        g = g if g >= gate.floor else 0.0
+    e = profile.experts
+    if not hasattr(e, "prototypes"):
+        return g, e.vector.double().numpy()
+    z = (h - e.input_mean.double().numpy()) / e.input_std.double().numpy()
+    keys = e.prototypes.double().numpy() @ e.key_projection.double().numpy().T
+    scores = keys @ (e.query_projection.double().numpy() @ z) / np.sqrt(keys.shape[1])
+    alpha = np.exp(scores - scores.max())
+    alpha /= alpha.sum()
+    hidden = np.maximum(e.hidden_weight.double().numpy() @ z + e.hidden_bias.double().numpy(), 0)
+    beta = e.output_weight.double().numpy() @ hidden + e.output_bias.double().numpy()
+    return g, e.shift_scale * (alpha @ e.prototypes.double().numpy() + e.residual_basis.double().numpy() @ beta)
+
+
+@torch.no_grad()
+def two_pass(
+    model: PreTrainedModel,
+    prompt: list[int],
+    num_tokens: int,
+    steering: list[tuple[SteeringProfile, ProfileActivation]],
+) -> tuple[list[int], list[float], list[float]]:
+    """Greedy tokens, their log-probabilities and the gates, the authors' way.
+
+    First the prompt is run to read the states and make the vectors (from the lowest layer up, each site seeing the
+    profiles below it act, as a single pass does); then prompt and answer are run again, whole, with the vectors added.
+    No cache, no packing, no batch.
+    """
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        vectors: dict[int, list[tuple[np.ndarray, str]]] = {}
+        gates = []
+        for layer in sorted({profile.layer for profile, _ in steering}):
+            state = _site(model, prompt, vectors, layer, len(prompt))[-1]
+            here = []
+            for profile, activation in steering:
+                if profile.layer != layer:
+                    continue
+                g, v = gate_and_vector(profile, state)
+                g = {"auto": g, "open": 1.0, "closed": 0.0}[activation.gate]
+                gates.append(g)
+                strength = 0.0 if activation.shadow else activation.strength
+                here.append((strength * g * v, activation.positions))
+            vectors[layer] = here
+        tokens, logprobs = list(prompt), []
+        for _ in range(num_tokens):
+            logits = _logits(model, tokens, vectors, len(prompt))
+            table = torch.log_softmax(logits.double(), -1)
+            tokens.append(int(table.argmax()))
+            logprobs.append(float(table.max()))
+        return tokens[len(prompt) :], logprobs, gates
+    finally:
+        model.set_attn_implementation(implementation)
+
+
+def _hooks(model, vectors, num_prompt):
+    def hook_for(layer_vectors):
+        def hook(module, args, output):
+            states = (output if isinstance(output, torch.Tensor) else output[0]).clone()
+            for vector, positions in layer_vectors:
+                start = 0 if positions == "all" else num_prompt - 1
+                states[:, start:] += torch.from_numpy(vector).to(states.dtype)
+            return states if isinstance(output, torch.Tensor) else (states, *output[1:])
+
+        return hook
+
+    layers = decoder_layers(model)
+    return [layers[layer].register_forward_hook(hook_for(found)) for layer, found in vectors.items()]
+
+
+def _site(model, tokens, vectors, layer, num_prompt):
+    """The residual stream at a layer's output, (T, d), before anything is added there."""
+    handles = _hooks(model, vectors, num_prompt)
+    seen = []
+    handles.append(
+        decoder_layers(model)[layer].register_forward_hook(
+            lambda m, a, o: seen.append((o if isinstance(o, torch.Tensor) else o[0])[0].clone())
+        )
+    )
+    try:
+        model(input_ids=torch.tensor([tokens]), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen[0]
+
+
+def _logits(model, tokens, vectors, num_prompt):
+    handles = _hooks(model, vectors, num_prompt)
+    try:
+        return model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1]
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,141 @@
+"""The real application around the real engine, in process or as a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from server.app import create_app
+from server.config import ServerConfig
+from server.engine.base import Engine
+from server.engine.native.load import load_engine
+from server.observability.metrics import Metrics
+from server.prompting.prompter import Prompter, load_prompter
+from tests.checkpoint import build_checkpoint, build_profile
+
+
+@dataclass(frozen=True)
+class Artifacts:
+    """Folders of the tiny checkpoint and of two profiles for it."""
+
+    model: Path
+    safety: Path
+    tone: Path
+
+
+def build_artifacts(folder: Path) -> Artifacts:
+    model = build_checkpoint(folder / "tiny")
+    return Artifacts(
+        model,
+        build_profile(model, folder / "safety"),
+        build_profile(model, folder / "tone", "tone", strength=2.0, seed=9),
+    )
+
+
+@dataclass(frozen=True)
+class Served:
+    """A running application: `client` talks to it, the rest looks inside."""
+
+    client: httpx.AsyncClient
+    app: Any
+    engine: Engine
+    prompter: Prompter
+
+    async def chat(self, text: str, **fields: Any) -> httpx.Response:
+        """One user turn, greedy and short unless `fields` say otherwise."""
+        body = {"model": "tiny", "messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 12}
+        headers = fields.pop("headers", None)
+        return await self.client.post("/v1/chat/completions", json=body | fields, headers=headers)
+
+
+@contextlib.asynccontextmanager
+async def serving(artifacts: Artifacts, names: tuple[str, ...] = ("safety",), **options: Any) -> AsyncIterator[Served]:
+    """Serve the checkpoint as `tiny` with the named profiles; `options` go to `ServerConfig`."""
+    profiles = {name: str(getattr(artifacts, name)) for name in names}
+    config = ServerConfig(
+        **(
+            {"model": str(artifacts.model), "served_model_name": "tiny", "profiles": profiles, "shutdown_grace_s": 0.0}
+            | options
+        )
+    )
+    metrics = Metrics("tiny")
+    engine = load_engine(
+        config.model,
+        config.profiles,
+        max_num_seqs=config.max_num_seqs,
+        max_waiting=config.max_waiting,
+        num_threads=1,
+        observer=metrics,
+    )
+    prompter = load_prompter(config.model, config.chat_template)
+    app = create_app(config, engine, prompter, metrics)
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://test") as client,
+    ):
+        yield Served(client, app, engine, prompter)
+
+
+def chunks(text: str) -> list[dict]:
+    """The JSON of a stream's events; the stream must end with [DONE]."""
+    events = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+    assert events[-1] == "[DONE]"
+    return [json.loads(event) for event in events[:-1]]
+
+
+def samples(metrics_text: str) -> dict[tuple[str, frozenset], float]:
+    """`/metrics` as `(name without prefix, labels but model and engine) → value`."""
+    found = {}
+    for name, labels, value in re.findall(r"^finesteer:(\w+)(?:\{(.*?)\})? (\S+)$", metrics_text, re.M):
+        pairs = frozenset(p for p in re.findall(r'(\w+)="(.*?)"', labels) if p[0] not in ("model_name", "engine"))
+        found[name, pairs] = float(value)
+    return found
+
+
+def sample(metrics_text: str, name: str, **labels: str) -> float:
+    """One sample; a KeyError where there is no such series."""
+    return samples(metrics_text)[name, frozenset(labels.items())]
+
+
+@contextlib.contextmanager
+def process(*arguments: str, log: Path, **environment: str) -> Iterator[str]:
+    """`finesteer serve` with these arguments on a free port; yields its address, and ends it by SIGTERM."""
+    command = [sys.executable, "-m", "server", "serve", "--port", "0", *arguments]
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=output,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"} | environment,
+        )
+        try:
+            yield _address(server, log)
+        finally:
+            server.terminate()
+            code = server.wait(timeout=30)
+    assert code in (0, -15), f"exit code {code}:\n{log.read_text()}"
+
+
+def _address(server: subprocess.Popen, log: Path) -> str:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and server.poll() is None:
+        found = re.search(r"(http://127\.0\.0\.1:\d+)/v1", log.read_text())
+        if found:
+            with contextlib.suppress(urllib.error.URLError), urllib.request.urlopen(found[1] + "/ready", timeout=5):
+                return found[1]
+        time.sleep(0.1)
+    raise AssertionError(f"the server did not come up:\n{log.read_text()}")

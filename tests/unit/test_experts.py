@@ -1,0 +1,134 @@
+"""MoSE: the operator against float64 numpy, its limits, and its fitter on planted shifts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from steering.errors import ShapeError, TrainingDataError
+from steering.experts import ConstantVector
+from steering.training.fit_experts import ExpertOptions, fit_experts
+from tests.tiny import tiny_model, tiny_profile
+
+
+@pytest.fixture(scope="module")
+def experts():
+    return tiny_profile(tiny_model()).experts
+
+
+def drawn(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def in_numpy(experts, states):
+    """v, α and ‖residual‖ for each state, from the formulas, one state at a time, in float64."""
+    e = {k: v.double().numpy() for k, v in vars(experts).items() if isinstance(v, torch.Tensor)}
+    vectors, routings, residuals = [], [], []
+    for h in states.double().numpy():
+        z = (h - e["input_mean"]) / e["input_std"]
+        scores = np.array([(e["key_projection"] @ c) @ (e["query_projection"] @ z) for c in e["prototypes"]])
+        weights = np.exp((scores - scores.max()) / np.sqrt(len(e["key_projection"])))
+        weights /= weights.sum()
+        beta = e["output_weight"] @ np.maximum(e["hidden_weight"] @ z + e["hidden_bias"], 0) + e["output_bias"]
+        residual = experts.shift_scale * e["residual_basis"] @ beta
+        vectors.append(
+            experts.shift_scale * sum(a * c for a, c in zip(weights, e["prototypes"], strict=True)) + residual
+        )
+        routings.append(weights)
+        residuals.append(np.linalg.norm(residual))
+    return np.array(vectors), np.array(routings), np.array(residuals)
+
+
+def test_synthesis_equals_numpy(experts):
+    states = experts.input_mean + experts.input_std * drawn(1, 9, 64)
+    for found, wanted in zip(experts(states), in_numpy(experts, states), strict=True):
+        np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(experts.routing(states).sum(-1), torch.ones(9))
+    assert experts.routing(states).std(0).max() > 1e-2  # routing depends on the query
+
+
+def test_batched_equals_alone_and_bfloat16_states_are_computed_in_float32(experts):
+    states = experts.input_mean + experts.input_std * drawn(2, 9, 64)
+    batched = experts(states).vector
+    torch.testing.assert_close(torch.cat([experts(s[None]).vector for s in states]), batched, rtol=1e-4, atol=1e-5)
+    low = experts(states.bfloat16()).vector
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, experts(states.bfloat16().float()).vector)
+
+
+def test_one_expert_without_residual_is_its_centroid_times_the_scale():
+    profile = tiny_profile(tiny_model(), num_prototypes=1, residual_rank=0)
+    found = profile.experts(drawn(3, 4, 64))
+    wanted = profile.experts.shift_scale * profile.experts.prototypes[0]
+    torch.testing.assert_close(found.vector, wanted.expand(4, -1))
+    assert (found.residual_norm == 0).all() and (found.routing == 1).all()
+
+
+def test_nan_passes_through_and_another_width_is_refused(experts):
+    states = drawn(4, 2, 64)
+    states[1, 5] = float("nan")
+    vector = experts(states).vector
+    assert vector[0].isfinite().all() and vector[1].isnan().all()
+    for operator in (experts, ConstantVector(torch.zeros(64))):
+        with pytest.raises(ShapeError, match="63 wide"):
+            operator(torch.zeros(1, 63))
+
+
+def planted(count=400, clusters=5, d=24, noise=0.05):
+    """Shifts around `clusters` orthogonal directions; the query's state tells which."""
+    directions = torch.linalg.qr(drawn(7, d, d)).Q[:clusters]
+    which = torch.arange(count) % clusters
+    states = 3 * torch.linalg.qr(drawn(8, d, d)).Q[:clusters][which] + 0.3 * drawn(9, count, d)
+    return states, 4 * directions[which] + noise * drawn(10, count, d), which
+
+
+def test_fitter_finds_the_planted_clusters_and_beats_the_mean_vector():
+    states, shifts, which = planted()
+    fit = fit_experts(states, shifts)
+    assert len(fit.experts.prototypes) == 5
+    assert len({(int(k), int(c)) for k, c in zip(which, fit.clusters, strict=True)}) == 5  # one to one
+    assert fit.validation_error < 0.1 < 0.5 < fit.mean_vector_error
+    assert fit.zero_error == pytest.approx(1, abs=0.05)
+    basis = fit.experts.residual_basis
+    torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1]), atol=1e-5, rtol=0)
+
+
+def test_where_the_query_tells_nothing_the_mixture_cannot_beat_the_mean_vector():
+    _, shifts, _ = planted()
+    fit = fit_experts(drawn(11, 400, 24), shifts[torch.randperm(400, generator=torch.Generator().manual_seed(0))])
+    assert fit.validation_error > 0.9 * fit.mean_vector_error
+
+
+def test_prototypes_are_the_means_of_the_normalised_shifts_and_the_curves_best_epoch_is_kept():
+    states, shifts, _ = planted()
+    fit = fit_experts(states, shifts, ExpertOptions(epochs=6))
+    unit = shifts / shifts.norm(dim=-1, keepdim=True)
+    wanted = torch.stack(
+        [unit[torch.from_numpy(fit.clusters == k)].mean(0) for k in range(len(fit.experts.prototypes))]
+    )
+    torch.testing.assert_close(fit.experts.prototypes, wanted, atol=1e-5, rtol=0)
+    assert fit.experts.shift_scale == pytest.approx(float(shifts.square().sum(-1).mean().sqrt()))
+    assert fit.validation_error == pytest.approx(min(error for _, error in fit.curve), rel=1e-5)
+
+
+def test_fitting_twice_gives_the_same_bits_and_leaves_the_global_generator_and_threads_alone():
+    states, shifts, _ = planted(100)
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    first, second = (fit_experts(states, shifts, ExpertOptions(epochs=3)).experts for _ in range(2))
+    for key, value in vars(first).items():
+        same = (
+            torch.equal(value, getattr(second, key)) if isinstance(value, torch.Tensor) else value == second.shift_scale
+        )
+        assert same, key
+    assert torch.equal(torch.get_rng_state(), before) and torch.get_num_threads() == threads
+    other = fit_experts(states, shifts, ExpertOptions(epochs=3), seed=1).experts
+    assert not torch.equal(first.query_projection, other.query_projection)
+
+
+def test_too_few_pairs_and_no_shift_at_all_are_refused():
+    states, shifts, _ = planted(100)
+    with pytest.raises(TrainingDataError, match="at least 20 pairs"):
+        fit_experts(states[:19], shifts[:19])
+    with pytest.raises(TrainingDataError, match="nothing to learn"):
+        fit_experts(states, torch.zeros_like(shifts))

@@ -1,0 +1,131 @@
+"""`finesteer train` and `finesteer inspect`, whole, on a tiny checkpoint."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from server.cli import app
+from steering.profile import SteeringProfile
+from tests.tiny import save_tiny_checkpoint
+
+HARMFUL, CALM = ("how do I break {}", "steal the {} now", "hurt {}"), ("the quick {}", "bake a {}", "a {} and a vector")
+
+
+def rows(templates, numbers):
+    return [t.format(f"thing {n}") for n in numbers for t in templates]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """A folder with a checkpoint and the four files."""
+    folder = tmp_path_factory.mktemp("lab")
+    save_tiny_checkpoint(folder / "model")
+    harmful = rows(HARMFUL, range(20))
+    files = {
+        "ir": [{"query": q} for q in harmful],
+        "general": [{"query": q} for q in rows(CALM, range(20))],
+        "calibration": [{"query": q} for q in rows(HARMFUL, range(50, 70))],
+        "pairs": [
+            {"query": q, "preferred": f"no {p}, not that", "undesired": f"yes {p}, the fox", "side": side}
+            for i, q in enumerate(harmful)
+            for side in ["harmful" if i % 2 else "borderline"]
+            for p in "ab"
+        ],
+    }
+    for name, content in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    return folder
+
+
+def train(lab, out, *extra, **replaced):
+    files = {name: lab / f"{name}.jsonl" for name in ("pairs", "ir", "general", "calibration")} | replaced
+    arguments = [word for name, path in files.items() for word in (f"--{name}", str(path))]
+    options = [
+        "--model",
+        str(lab / "model"),
+        "--layer",
+        "1",
+        "--name",
+        "t",
+        "--out",
+        str(out),
+        "--epochs",
+        "3",
+        "--force",
+    ]
+    return CliRunner().invoke(app, ["train", *arguments, *options, *extra])
+
+
+def test_train_writes_a_profile_that_loads_twice_the_same_and_names_no_folder(lab, tmp_path):
+    for out in ("one", "two"):
+        result = train(lab, tmp_path / out)
+        assert result.exit_code == 0, result.output
+    first, second = (tmp_path / out / "profile.safetensors" for out in ("one", "two"))
+    assert first.read_bytes() == second.read_bytes()
+    profile = SteeringProfile.load(tmp_path / "one")
+    assert profile.manifest.model.id == "model" and profile.manifest.metrics["gate"]["general_fired"]["n"] == 60
+    assert profile.manifest.gate.num_calibration == 60
+    assert {p.name for p in (tmp_path / "one").glob("*.md")} == {"README.md", "report.md"}
+    for path in (tmp_path / "one").glob("*.[jm]*"):
+        assert str(lab) not in path.read_text(), path
+    for name in [
+        line.split("(")[1].rstrip(")")
+        for line in (tmp_path / "one" / "report.md").read_text().splitlines()
+        if line.startswith("![")
+    ]:
+        assert (tmp_path / "one" / name).stat().st_size > 5000
+
+
+def test_baselines_are_the_means_of_their_shifts(lab, tmp_path):
+    from steering.training.data import read_pairs
+    from steering.training.extraction import shifts
+    from tests.tiny import tiny_model, tiny_tokenizer
+
+    pairs = read_pairs([lab / "pairs.jsonl"])
+    deltas = shifts(tiny_model(), tiny_tokenizer(), pairs, 1)
+    for method, chosen in (("caa", slice(None)), ("refusal_vector", [p.side == "harmful" for p in pairs])):
+        assert train(lab, tmp_path / method, "--method", method).exit_code == 0
+        vector = SteeringProfile.load(tmp_path / method).experts.vector
+        assert (vector - deltas[chosen].mean(0)).abs().max() < 1e-3
+    assert (deltas.mean(0) - deltas[[p.side == "harmful" for p in pairs]].mean(0)).abs().max() > 1e-2
+
+
+def test_inspect_prints_what_is_in_it_and_says_what_is_broken(lab, tmp_path):
+    assert train(lab, tmp_path / "p").exit_code == 0
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "p")])
+    version = SteeringProfile.load(tmp_path / "p").version
+    assert shown.exit_code == 0 and version in shown.output and "60 calibration" in shown.output
+    (tmp_path / "p" / "profile.safetensors").write_bytes(b"")
+    broken = CliRunner().invoke(app, ["inspect", str(tmp_path / "p")])
+    assert broken.exit_code == 2 and "sha256 differs" in broken.output and "Traceback" not in broken.output
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (("--layer", "9"), "layers 0 to 3"),
+        (("--method", "magic"), "--method 'magic' is unknown"),
+        (("--rank", "many"), "--rank 'many'"),
+        (("--tail", "2"), "--tail"),
+        (("--rank", "63"), "rank 63 needs"),
+    ],
+)
+def test_impossible_options_are_refused_in_a_sentence(lab, tmp_path, extra, message):
+    result = train(lab, tmp_path / "x", *extra)
+    assert result.exit_code == 2 and message in " ".join(result.output.split()) and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("group", "source"),
+    [("calibration", "ir"), ("calibration", "general"), ("general", "ir"), ("calibration", "pairs")],
+)
+def test_a_query_in_two_groups_is_refused_by_line(lab, tmp_path, group, source):
+    leak = tmp_path / "leak.jsonl"
+    first = json.loads((lab / f"{source}.jsonl").read_text().splitlines()[0])
+    leak.write_text(json.dumps({"query": "a new one"}) + "\n" + json.dumps({"query": first["query"]}) + "\n")
+    result = train(lab, tmp_path / "x", **{group: leak})
+    assert result.exit_code == 2 and not (tmp_path / "x").exists()
+    assert "leak.jsonl:2" in result.output.replace("\n", "") or f"{source}.jsonl:1" in result.output.replace("\n", "")

@@ -1,0 +1,78 @@
+"""The trainer's input: what is read, and each refusal with file, line, field and remedy."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from steering.errors import TrainingDataError
+from steering.training.data import file_record, read_pairs, read_queries, refuse_overlap
+
+GOOD = {"query": "q", "preferred": "yes", "undesired": "no"}
+
+
+def write(path, *rows):
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+def test_pairs_keep_order_side_and_paraphrases(tmp_path):
+    path = write(tmp_path / "p.jsonl", GOOD | {"side": "harmful"}, "", GOOD | {"preferred": "sure", "kind": "k"})
+    first, second = read_pairs([path])
+    assert (first.preferred, first.side, second.preferred, second.side) == ("yes", "harmful", "sure", None)
+    assert first.query == second.query and second.query.where == f"{path}:3"
+
+
+def test_queries_drop_repeats_and_take_their_source_from_the_row_or_the_file(tmp_path):
+    one = write(tmp_path / "one.jsonl", {"query": "a"}, {"query": "a"}, {"query": "b", "source": "s"})
+    two = write(
+        tmp_path / "two.jsonl", {"query": [{"role": "system", "content": "x"}, {"role": "user", "content": "a"}]}
+    )
+    found = read_queries([one, two])
+    assert [(q.query.chat[-1]["content"], q.source) for q in found] == [("a", "one"), ("b", "s"), ("a", "two")]
+    assert found[2].query.chat[0] == {"role": "system", "content": "x"}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{", r"p.jsonl:1: not valid JSON"),
+        ("[1]", r"p.jsonl:1: holds a list"),
+        (GOOD | {"chosen": "x"}, r"p.jsonl:1: unknown field 'chosen'"),
+        ({"query": "q", "preferred": "yes"}, r"p.jsonl:1: field 'undesired' is missing"),
+        (GOOD | {"preferred": " "}, r"p.jsonl:1: field 'preferred' must be a non-empty string"),
+        (GOOD | {"undesired": 3}, r"p.jsonl:1: field 'undesired' must be a non-empty string"),
+        (GOOD | {"undesired": "yes "}, r"p.jsonl:1: 'preferred' and 'undesired' are the same answer"),
+        (GOOD | {"side": ""}, r"p.jsonl:1: field 'side' must be a non-empty string"),
+        (GOOD | {"query": ""}, r"p.jsonl:1: field 'query' must be a non-empty string"),
+        (GOOD | {"query": []}, r"p.jsonl:1: field 'query' must end with a message"),
+        (GOOD | {"query": [{"role": "wizard", "content": "x"}]}, r"p.jsonl:1: field 'query\[0\]'"),
+        (GOOD | {"query": [{"role": "assistant", "content": "x"}]}, r"p.jsonl:1: field 'query' must end"),
+    ],
+)
+def test_a_bad_row_is_refused_by_line_and_field(tmp_path, row, message):
+    with pytest.raises(TrainingDataError, match=message):
+        read_pairs([write(tmp_path / "p.jsonl", row)])
+
+
+def test_missing_empty_and_binary_files_are_refused(tmp_path):
+    for path, message in ((tmp_path / "none.jsonl", "cannot be read"), (write(tmp_path / "e.jsonl", ""), "no rows")):
+        with pytest.raises(TrainingDataError, match=message):
+            read_queries([path])
+    (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(TrainingDataError, match="not UTF-8"):
+        read_queries([tmp_path / "b.jsonl"])
+
+
+def test_a_query_in_two_groups_is_a_leak_and_in_one_it_is_not(tmp_path):
+    ir = [q.query for q in read_queries([write(tmp_path / "ir.jsonl", {"query": "a"}, {"query": "b"})])]
+    calibration = [q.query for q in read_queries([write(tmp_path / "cal.jsonl", {"query": "c"}, {"query": "b"})])]
+    with pytest.raises(TrainingDataError, match=r"cal.jsonl:2: field 'query'.*ir.jsonl:2"):
+        refuse_overlap({"IR": ir, "calibration": calibration})
+    refuse_overlap({"IR": [*ir, *ir], "calibration": calibration[:1]})
+
+
+def test_a_file_record_names_no_folder(tmp_path):
+    record = file_record([write(tmp_path / "p.jsonl", GOOD)], 1)
+    assert record["files"] == ["p.jsonl"] and len(record["sha256"][0]) == 64 and str(tmp_path) not in json.dumps(record)
