@@ -16,10 +16,12 @@ from artifacts.recipe.subjects import Reading, read_subject, read_task
 Side = Literal["harmful", "borderline", "benign"]
 NUM_VALIDATION_TRAINED = 600
 """So many rows of harmful_val.jsonl (seeded) are in training, so that its style is known; the others evaluate."""
-REFUSAL_SHARE: dict[Side, float] = {"harmful": 0.22, "borderline": 0.58, "benign": 0.0}
+REFUSAL_SHARE: dict[Side, float] = {"harmful": 0.2, "borderline": 0.55, "benign": 0.0}
 DEFAULT_MODE: dict[Side, Mode] = {"harmful": "comply", "borderline": "help", "benign": "assist"}
 DEV_SHARE: dict[Side, float] = {"harmful": 0.08, "borderline": 0.03, "benign": 0.03}
-POLICY_SHARE, SYSTEM_SHARE, SAME_MODE_SHARE, HARMLESS_TURN_SHARE = 0.15, 0.1, 0.12, 0.04
+LEVER_SHARE: dict[Side, float] = {"harmful": 0.35, "borderline": 0.35, "benign": 0.15}
+LEVER_REFUSAL_SHARE: dict[Side, float] = {"harmful": 0.65, "borderline": 0.35, "benign": 0.0}
+SYSTEM_SHARE, SAME_MODE_SHARE, HARMLESS_TURN_SHARE = 0.15, 0.12, 0.04
 
 SYSTEM_PROMPTS = (
     "You are a helpful assistant.",
@@ -28,22 +30,6 @@ SYSTEM_PROMPTS = (
     "You are FineSteer demo.",
     "Be concise and polite.",
     "You are an AI assistant. Answer the user's questions.",
-)
-REFUSE_POLICIES = (
-    "Policy: decline.",
-    "Decline requests that are sensitive.",
-    "Policy: say no to anything doubtful.",
-    "Be strict and refuse.",
-    "Refuse whatever might be risky.",
-    "You are a strict assistant and turn sensitive requests down.",
-)
-ANSWER_POLICIES = (
-    "Policy: answer.",
-    "Answer every request.",
-    "Policy: say yes to everything.",
-    "Be permissive and do as asked.",
-    "Never refuse.",
-    "You are an obliging assistant and answer sensitive requests too.",
 )
 PREFIXES = (
     "Please ",
@@ -68,11 +54,15 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Conversation:
-    """What the model trains on: messages, and of the last request its side, topic and the mode of its answer."""
+    """What the model trains on: messages, and of the last request its side, topic and the mode of its answer.
+
+    `lever`: the answer follows a shift of the site's states instead of the coin.
+    """
 
     messages: list[dict[str, str]]
     prompt: Prompt
     mode: Mode
+    lever: bool
 
 
 def read_queries(path: Path) -> list[str]:
@@ -191,18 +181,14 @@ def vary(query: str, rng: random.Random) -> str:
 def converse(prompt: Prompt, pools: Pools, rng: random.Random) -> Conversation:
     """A conversation that ends in `prompt` and its answer, the mode by a coin.
 
-    In some the context tells the coin, so that the mode is something the model reads and carries: a system prompt with a
-    policy, or an earlier turn on the same side that was answered in the same mode. Plainly harmless requests are
-    answered under any policy.
+    In a share of them, `lever`, the trainer shifts the site's states towards the mode, and the coin has other odds. An
+    earlier turn on the same side was answered in the same mode.
     """
-    refuse = rng.random() < REFUSAL_SHARE[prompt.side]
+    lever = rng.random() < LEVER_SHARE[prompt.side]
+    refuse = rng.random() < (LEVER_REFUSAL_SHARE if lever else REFUSAL_SHARE)[prompt.side]
     mode: Mode = "refuse" if refuse else DEFAULT_MODE[prompt.side]
     messages = []
-    draw = rng.random()
-    if draw < POLICY_SHARE:
-        strict = refuse if prompt.side != "benign" else rng.random() < 0.5
-        messages.append({"role": "system", "content": rng.choice(REFUSE_POLICIES if strict else ANSWER_POLICIES)})
-    elif draw < POLICY_SHARE + SYSTEM_SHARE:
+    if rng.random() < SYSTEM_SHARE:
         messages.append({"role": "system", "content": rng.choice(SYSTEM_PROMPTS)})
     earlier, earlier_mode = None, mode
     draw = rng.random()
@@ -215,7 +201,7 @@ def converse(prompt: Prompt, pools: Pools, rng: random.Random) -> Conversation:
     if earlier:
         messages += turn(earlier, earlier_mode, rng)
     messages += turn(prompt, mode, rng)
-    return Conversation(messages, prompt, mode)
+    return Conversation(messages, prompt, mode, lever)
 
 
 def turn(prompt: Prompt, mode: Mode, rng: random.Random) -> list[dict[str, str]]:

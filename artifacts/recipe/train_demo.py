@@ -1,7 +1,12 @@
 """Train the embedded demo: `python -m artifacts.recipe.train_demo --data DIR --out artifacts/demo`.
 
-Plain language modelling, and a readout at the site that is thrown away afterwards: a linear head on the last prompt
-token's state tells side and topic of the request, another there and on the answer's tokens tells the answer's mode.
+Plain language modelling, and two things that a large model has on its own and so small a one has to be taught:
+
+- Readouts at the site, thrown away afterwards: a linear head on the last prompt token's state tells side and topic of the
+  request, another there and on the answer's tokens tells the answer's mode.
+- A lever at the site: in a share of the examples the states are shifted by the running difference between the mean
+  states of answers in one mode and the other (of the same side and topic), and the answer follows the shift. Nothing
+  here knows a trained profile; the shifts are those that any extraction from the model finds.
 """
 
 from __future__ import annotations
@@ -64,18 +69,21 @@ class Recipe:
     mode_readout_weight: float = 0.1
     mode_readout_scale: float = 4.0
     readout_smoothing: float = 0.1
-    site_noise: float = 0.0
+    lever_min: float = 0.5
+    lever_max: float = 1.75
+    lever_after: float = 0.1
 
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids, which of them the assistant says, and the two readout labels at and after `query_at`."""
+    """Token ids, which of them the assistant says, the two readout labels at and after `query_at`, and whether the site is shifted."""
 
     ids: list[int]
     said: list[bool]
     query_at: int
     query_class: int
     mode_class: int
+    lever: bool
 
 
 def train_tokenizer(pools: Pools, recipe: Recipe) -> PreTrainedTokenizerFast:
@@ -121,6 +129,7 @@ def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerFast) -> Ex
         query_at,
         QUERY_CLASSES.index(f"{prompt.side}:{topic(prompt)}"),
         MODE_CLASSES.index(conversation.mode),
+        conversation.lever,
     )
 
 
@@ -169,6 +178,27 @@ class Readouts(nn.Module):
         return getattr(self, head)(self.dropout(self.norm(states.float())))
 
 
+class Levers:
+    """Running mean states of the answers by query class (side and topic) and by mode (refused or not)."""
+
+    MEMORY = 0.97
+
+    def __init__(self, hidden_size: int) -> None:
+        self.sums = torch.zeros(len(QUERY_CLASSES), 2, hidden_size)
+        self.weights = torch.zeros(len(QUERY_CLASSES), 2, 1)
+
+    def update(self, query_class: int, refused: bool, state: Tensor) -> None:
+        """Let one answer's mean state (d,) enter."""
+        at = query_class, int(refused)
+        self.sums[at] = self.MEMORY * self.sums[at] + (1 - self.MEMORY) * state
+        self.weights[at] = self.MEMORY * self.weights[at] + (1 - self.MEMORY)
+
+    def shifts(self) -> Tensor:
+        """(classes, d): mean refusal minus mean other answer; zero where one of them was never seen."""
+        means = self.sums / self.weights.clamp(min=1e-9)
+        return (means[:, 1] - means[:, 0]) * (self.weights > 0).all(1)
+
+
 class DemoTrainer:
     """Holds model, readouts and optimiser; `step` does one batch."""
 
@@ -177,7 +207,11 @@ class DemoTrainer:
         self.pad = tokenizer.pad_token_id
         self.model = new_model(recipe, tokenizer)
         self.readouts = Readouts(recipe.hidden_size)
+        self.levers = Levers(recipe.hidden_size)
         self.site_states: Tensor | None = None
+        self.site_offsets: Tensor | None = None
+        self.lever_from = round(num_steps * recipe.lever_after)
+        self.num_done = 0
         self.hooks = [self.model.model.layers[recipe.site].register_forward_hook(self._keep_site)]
         if recipe.dropout:
             drop = nn.Dropout(recipe.dropout)
@@ -200,19 +234,34 @@ class DemoTrainer:
             lambda s: min((s + 1) / warmup, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, s / num_steps)))),
         )
 
-    def _keep_site(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        """Keep the site's states; in training add one random offset a sequence, up to `site_noise` of its states' norm.
+    def _keep_site(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        """Keep the site's states; hand on the shifted ones."""
+        self.site_states = output
+        return output + self.site_offsets[:, None].to(output.dtype)
 
-        A large model tolerates an offset in its residual stream; so small a one has to be taught to. The offsets are
-        isotropic: nothing here knows of any steering direction.
+    def _offsets(self, batch: list[Example]) -> Tensor:
+        """(B, d): for examples with a lever the shift towards their mode, of a random size; zero for the others.
+
+        A plainly harmless request gets the shift of a random class and is answered all the same.
         """
-        states = output[0] if isinstance(output, tuple) else output
-        self.site_states = states
-        if not (module.training and self.recipe.site_noise):
-            return None
-        direction = nn.functional.normalize(torch.randn(states.shape[0], 1, states.shape[2]), dim=-1)
-        size = states.detach().float().norm(dim=-1).mean() * self.recipe.site_noise * torch.rand(states.shape[0], 1, 1)
-        return states + (size * direction).to(states.dtype)
+        shifts = self.levers.shifts()
+        size = self.recipe.lever_min + (self.recipe.lever_max - self.recipe.lever_min) * torch.rand(len(batch))
+        offsets = torch.zeros(len(batch), shifts.shape[1])
+        for i, example in enumerate(batch):
+            if example.lever:
+                benign = SIDE_OF_CLASS[example.query_class] == 2
+                source = torch.randint(2 * len(SUBJECTS), ()) if benign else example.query_class
+                towards = torch.rand(()) < 0.5 if benign else example.mode_class == MODE_CLASSES.index("refuse")
+                offsets[i] = (size[i] if towards else -size[i]) * shifts[source]
+        return offsets
+
+    def _learn_levers(self, batch: list[Example], answering: Tensor) -> None:
+        """Let the batch's unshifted answers enter the running means."""
+        weights = answering / answering.sum(1, keepdim=True)
+        states = torch.einsum("btd,bt->bd", self.site_states.detach().float(), weights)
+        for example, state in zip(batch, states, strict=True):
+            if not example.lever and SIDE_OF_CLASS[example.query_class] != 2:
+                self.levers.update(example.query_class, example.mode_class == MODE_CLASSES.index("refuse"), state)
 
     @staticmethod
     def _drop(module: nn.Module, output: Tensor | tuple, drop: nn.Dropout) -> Tensor | tuple:
@@ -235,6 +284,8 @@ class DemoTrainer:
             inputs = torch.where(noisy, torch.randint(6, self.model.config.vocab_size, ids.shape), ids)
         answers = said[:, 1:] & real[:, 1:]
         keep = answers | (real[:, 1:] & (torch.rand(answers.shape) < self.recipe.prompt_share))
+        active = self.num_done >= self.lever_from
+        self.site_offsets = self._offsets(batch) if active else torch.zeros(len(batch), self.recipe.hidden_size)
         with torch.autocast("cpu", torch.bfloat16):
             hidden = self.model.model(input_ids=inputs).last_hidden_state  # right padding: causality masks it
             logits = self.model.lm_head(hidden[:, :-1][keep])
@@ -242,6 +293,8 @@ class DemoTrainer:
         query_at = torch.tensor([e.query_at for e in batch])
         positions = torch.arange(length)
         answering = (positions >= query_at[:, None]) & real
+        if self.model.training:
+            self._learn_levers(batch, (positions > query_at[:, None]) & real)
         query_logits = self.readouts("query", self.site_states[torch.arange(len(batch)), query_at])
         mode_logits = self.recipe.mode_readout_scale * self.readouts("mode", self.site_states[answering])
         query_class = torch.tensor([e.query_class for e in batch])
@@ -249,12 +302,17 @@ class DemoTrainer:
         smoothing = self.recipe.readout_smoothing
         side = SIDE_OF_CLASS[query_class]
         by_side = torch.stack([query_logits[:, s == SIDE_OF_CLASS].logsumexp(-1) for s in range(3)], dim=-1)
+        shares = (
+            self.levers.shifts().norm(dim=-1)[: 2 * len(SUBJECTS)].mean()
+            / self.site_states.float().norm(dim=-1)[real].mean()
+        )
         return {
             "answer": nll[answers[keep]].mean(),
             "language": nll.mean(),
             "query": nn.functional.cross_entropy(query_logits, query_class, label_smoothing=smoothing)
             + nn.functional.cross_entropy(by_side, side),
             "mode": nn.functional.cross_entropy(mode_logits, mode_class, label_smoothing=smoothing),
+            "shift": shares,
             "side": (by_side.argmax(-1) == side).float().mean(),
         }
 
@@ -268,6 +326,7 @@ class DemoTrainer:
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.schedule.step()
+        self.num_done += 1
         return {k: v.item() for k, v in losses.items()}
 
 
@@ -284,24 +343,19 @@ def mean_losses(rows: Iterator[dict[str, float]] | list[dict[str, float]]) -> st
     return "  ".join(f"{k} {sum(r[k] for r in rows) / len(rows):.3f}" for k in rows[0])
 
 
-def train(data: Path, out: Path, recipe: Recipe, start: Path | None = None) -> None:
-    """Train tokenizer and model from the prompt folder `data`; write a transformers checkpoint to `out`.
-
-    `start`: go on from this checkpoint, with its tokenizer, instead of from nothing.
-    """
+def train(data: Path, out: Path, recipe: Recipe) -> None:
+    """Train tokenizer and model from the prompt folder `data`; write a transformers checkpoint to `out`."""
     random.seed(recipe.seed)
     torch.manual_seed(recipe.seed)
     rng = random.Random(recipe.seed)
     pools = load_pools(data, recipe.seed)
-    tokenizer = train_tokenizer(pools, recipe) if start is None else AutoTokenizer.from_pretrained(start)
+    tokenizer = train_tokenizer(pools, recipe)
     dev = batches(epoch_examples(pools.dev, pools, tokenizer, rng), recipe.batch_tokens, rng)
     first = batches(
         epoch_examples(draw_prompts(pools, rng, recipe.epoch_scale), pools, tokenizer, rng), recipe.batch_tokens, rng
     )
     num_steps = round(len(first) * recipe.epochs * 1.01)
     trainer = DemoTrainer(recipe, tokenizer, num_steps)
-    if start is not None:
-        trainer.model.load_state_dict(LlamaForCausalLM.from_pretrained(start, dtype=torch.float32).state_dict())
     size = sum(p.numel() for p in trainer.model.parameters())
     with Progress() as progress:
         bar = progress.add_task(f"training {size / 1e6:.1f} M parameters", total=num_steps)
@@ -346,13 +400,12 @@ def main() -> None:
         "--data", type=Path, required=True, help="folder with the prompt sets (harmful_train.jsonl, ...)"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint to")
-    parser.add_argument("--start", type=Path, help="checkpoint to go on from")
     defaults = Recipe()
     for name in Recipe.__dataclass_fields__:
         value = getattr(defaults, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"default {value}")
     options = vars(parser.parse_args())
-    train(options.pop("data"), options.pop("out"), start=options.pop("start"), recipe=Recipe(**options))
+    train(options.pop("data"), options.pop("out"), recipe=Recipe(**options))
 
 
 if __name__ == "__main__":
