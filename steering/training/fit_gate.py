@@ -65,8 +65,8 @@ def fit_gate(
 
     Source: FineSteer, SCS. Deviations (ours): the centre is a choice; all ratios compared and calibrated on are
     out of sample, by 5-fold cross-fitting of both the subspace (IR) and the centre (general), or from
-    `calibration_states`. Preferred is the candidate with the lowest fire rate on general queries at the threshold,
-    then the highest AUC, then the lower rank.
+    `calibration_states`. Of the candidates whose fire rate on general queries at the threshold is within one standard
+    error of the lowest, the smallest rank is taken, then the lowest fire rate, then the highest AUC.
 
     Args:
         ir_states: (M, d) states of queries that need intervention; general_states: (N, d) of queries that do not.
@@ -102,7 +102,11 @@ def fit_gate(
             fire_rate = float((general >= threshold).float().mean())
             candidates.append(Candidate(c, r, auc(ir, general), fire_rate))
             ratios[c, r] = (ir, general)
-    best = min(candidates, key=lambda c: (round(c.fire_rate, 3), -round(c.auc, 4), c.rank))
+    lowest = min(c.fire_rate for c in candidates)
+    good = lowest + (lowest * (1 - lowest) / len(general_states)) ** 0.5
+    best = min(
+        (c for c in candidates if c.fire_rate <= good), key=lambda c: (c.rank, round(c.fire_rate, 4), -round(c.auc, 4))
+    )
     if best.auc < 0.5 and not force:
         raise TrainingDataError(
             f"the best gate is inverted: general queries score higher than IR ones (AUC {best.auc:.2f}). Choose another layer, "

@@ -104,7 +104,7 @@ def _figure(path: Path, draw) -> None:
 
 
 def _ratios(ax: Axes, fit: GateFit, threshold: float) -> None:
-    bins = np.linspace(0, 1, 51)
+    bins = np.linspace(float(min(fit.ir_ratios.min(), fit.general_ratios.min())), 1, 61)
     for label, ratios, colour in (("IR", fit.ir_ratios, IR), ("general", fit.general_ratios, GENERAL)):
         weights = np.full(len(ratios), 1 / len(ratios))
         ax.hist(

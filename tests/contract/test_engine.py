@@ -45,7 +45,9 @@ async def running(**options):
 
 
 def request(name, prompt=(5, 6, 7), *, steering=STEERED, n=1, **sampling):
-    return GenerationRequest(name, tuple(prompt), SamplingOptions(**{"max_tokens": 6, "temperature": 0.0} | sampling), steering, n)
+    return GenerationRequest(
+        name, tuple(prompt), SamplingOptions(**{"max_tokens": 6, "temperature": 0.0} | sampling), steering, n
+    )
 
 
 async def collect(engine, asked):
@@ -152,6 +154,7 @@ async def test_stopping_ends_what_runs_and_takes_no_more():
 
 async def test_an_engine_that_fails_says_so_to_everyone(monkeypatch):
     async with running() as engine:
+
         def fail(batch):
             raise RuntimeError("out of memory")
 

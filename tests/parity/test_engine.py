@@ -114,7 +114,11 @@ def test_two_profiles_act_on_one_request(layers):
 def test_batched_equals_alone():
     model = tiny_model("llama")
     profile = tiny_profile(model, 1, name="p", strength=3.0)
-    kinds = [(ProfileActivation("p", 3.0, gate="open"),), (), (ProfileActivation("p", 1.0, gate="open", positions="last"),)]
+    kinds = [
+        (ProfileActivation("p", 3.0, gate="open"),),
+        (),
+        (ProfileActivation("p", 1.0, gate="open", positions="last"),),
+    ]
     requests = [request(str(i), p, *kinds[i % 3], max_tokens=5 + 3 * i) for i, p in enumerate(PROMPTS)]
     together = run(model, [profile], requests)
     squeezed = run(model, [profile], requests, max_num_seqs=2)  # they join and leave between steps
@@ -168,7 +172,9 @@ def test_shadow_and_strength_zero_still_report_the_gate():
         assert decision.applied == (reason in ("gate_open", "forced_open"))
         assert decision.profiles[0].fired == (reason != "forced_closed")
         assert decision.profiles[0].energy_ratio is not None
-        assert decision.profiles[0].energy_ratio == pytest.approx(found["gate_open"][1].profiles[0].energy_ratio, abs=1e-5)
+        assert decision.profiles[0].energy_ratio == pytest.approx(
+            found["gate_open"][1].profiles[0].energy_ratio, abs=1e-5
+        )
     assert found["gate_open"][1].profiles[0].relative_norm > 0
 
 

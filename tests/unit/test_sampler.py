@@ -58,4 +58,6 @@ def test_penalties_follow_their_definitions():
     assert found.tolist() == [2.0, -1.0, 0.5, 2.0, 0.25]  # the prompt does not count
     found = adjust(logits, sequence([0], [1], min_tokens=2, stop_token_ids=frozenset({4}), logit_bias={0: 1.5}))
     assert found.tolist() == [3.5, -1.0, 0.5, 3.0, -torch.inf]
-    assert adjust(logits, sequence([0], [1, 2], min_tokens=2, stop_token_ids=frozenset({4}))).tolist() == logits.tolist()
+    assert (
+        adjust(logits, sequence([0], [1, 2], min_tokens=2, stop_token_ids=frozenset({4}))).tolist() == logits.tolist()
+    )
