@@ -26,6 +26,7 @@ from steering.decision import (
     combine,
     decide_profile,
 )
+from steering.errors import SteeringError
 from steering.profile import SteeringProfile
 
 
@@ -85,13 +86,22 @@ class StepRecord:
     compute_s: float = 0.0
 
     def decisions(self) -> list[SteeringDecision]:
-        """One decision for each of the plan's queries, in their order."""
+        """One decision for each of the plan's queries, in their order.
+
+        Raises SteeringError where a profile that a query asked for never read its state: the pass was not steered.
+        """
         rows: list[dict[str, ProfileDecision]] = [{} for _ in self.plan.queries]
         for reading in self.readings:
             for query, activation, numbers in zip(
                 reading.queries, reading.activations, reading.numbers.tolist(), strict=True
             ):
                 rows[query][activation.profile] = _decision(reading.profile, activation, numbers)
+        for query, row in zip(self.plan.queries, rows, strict=True):
+            for activation in query.options.activations:
+                if activation.profile not in row:
+                    raise SteeringError(
+                        f"profile {activation.profile!r} does not steer this model as it should: its layer's hook was never run."
+                    )
         compute_ms = 1000 * self.compute_s
         return [
             combine(query.options, tuple(row[a.profile] for a in query.options.activations), compute_ms)

@@ -145,7 +145,7 @@ def draw_prompts(pools: Pools, rng: random.Random, scale: float = 1.0) -> list[P
 
     prompts = (
         some(pools.harmful, 1.6)
-        + some(pools.validation_style, 3.0)
+        + some(pools.validation_style, 4.0)
         + some(pools.jailbreak, 0.8)
         + own(own_prompts.harmful, "harmful", 2600)
         + some(pools.borderline, 0.5)

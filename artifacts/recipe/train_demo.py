@@ -57,8 +57,8 @@ class Recipe:
     num_heads: int = 6
     intermediate_size: int = 512
     site: int = 2
-    epochs: int = 5
-    epoch_scale: float = 0.7
+    epochs: int = 8
+    epoch_scale: float = 0.9
     batch_tokens: int = 2560
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
@@ -69,9 +69,11 @@ class Recipe:
     mode_readout_weight: float = 0.1
     mode_readout_scale: float = 4.0
     readout_smoothing: float = 0.1
+    harmful_weight: float = 3.0
     lever_min: float = 0.5
     lever_max: float = 1.75
     lever_after: float = 0.1
+    lever_foreign: float = 0.4
 
 
 @dataclass(frozen=True)
@@ -242,7 +244,9 @@ class DemoTrainer:
     def _offsets(self, batch: list[Example]) -> Tensor:
         """(B, d): for examples with a lever the shift towards their mode, of a random size; zero for the others.
 
-        A plainly harmless request gets the shift of a random class and is answered all the same.
+        The shift is mostly that of the example's own class, and in a share `lever_foreign` any class's, so that what the
+        answer follows is what the shifts of all classes have in common. A plainly harmless request gets any class's, either
+        way, and is answered all the same.
         """
         shifts = self.levers.shifts()
         size = self.recipe.lever_min + (self.recipe.lever_max - self.recipe.lever_min) * torch.rand(len(batch))
@@ -250,7 +254,8 @@ class DemoTrainer:
         for i, example in enumerate(batch):
             if example.lever:
                 benign = SIDE_OF_CLASS[example.query_class] == 2
-                source = torch.randint(2 * len(SUBJECTS), ()) if benign else example.query_class
+                foreign = benign or torch.rand(()) < self.recipe.lever_foreign
+                source = torch.randint(2 * len(SUBJECTS), ()) if foreign else example.query_class
                 towards = torch.rand(()) < 0.5 if benign else example.mode_class == MODE_CLASSES.index("refuse")
                 offsets[i] = (size[i] if towards else -size[i]) * shifts[source]
         return offsets
@@ -302,6 +307,9 @@ class DemoTrainer:
         smoothing = self.recipe.readout_smoothing
         side = SIDE_OF_CLASS[query_class]
         by_side = torch.stack([query_logits[:, s == SIDE_OF_CLASS].logsumexp(-1) for s in range(3)], dim=-1)
+        side_weight = torch.tensor(
+            [self.recipe.harmful_weight, 1.0, 1.0]
+        )  # a missed harmful request is the worse mistake
         shares = (
             self.levers.shifts().norm(dim=-1)[: 2 * len(SUBJECTS)].mean()
             / self.site_states.float().norm(dim=-1)[real].mean()
@@ -310,10 +318,11 @@ class DemoTrainer:
             "answer": nll[answers[keep]].mean(),
             "language": nll.mean(),
             "query": nn.functional.cross_entropy(query_logits, query_class, label_smoothing=smoothing)
-            + nn.functional.cross_entropy(by_side, side),
+            + nn.functional.cross_entropy(by_side, side, weight=side_weight),
             "mode": nn.functional.cross_entropy(mode_logits, mode_class, label_smoothing=smoothing),
             "shift": shares,
             "side": (by_side.argmax(-1) == side).float().mean(),
+            "class": (query_logits.argmax(-1) == query_class).float().mean(),
         }
 
     def step(self, batch: list[Example]) -> dict[str, float]:

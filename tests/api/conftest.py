@@ -1,24 +1,12 @@
-"""One checkpoint for all, one running application a module."""
+"""A running application, in process, for each test."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
-import pytest
 import pytest_asyncio
 
-from tests.oracle_text import TextOracle
-from tests.serving import Artifacts, Served, build_artifacts, serving
-
-
-@pytest.fixture(scope="session")
-def artifacts(tmp_path_factory) -> Artifacts:
-    return build_artifacts(tmp_path_factory.mktemp("artifacts"))
-
-
-@pytest.fixture(scope="session")
-def oracle(artifacts: Artifacts) -> TextOracle:
-    return TextOracle(artifacts)
+from tests.serving import Artifacts, Served, serving
 
 
 @pytest_asyncio.fixture

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import socket
+from dataclasses import replace
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from server.cli import app
+from steering.experts import ConstantVector
+from steering.intervention import Intervention
+from steering.manifest import ExpertsManifest
+from steering.profile import SteeringProfile
 
 
 def refusal(*arguments: str) -> str:
@@ -64,8 +71,6 @@ def test_a_profile_that_is_not_there(artifacts, tmp_path):
 
 
 def test_a_profile_for_another_model(artifacts, tmp_path):
-    import torch
-
     from tests.checkpoint import build_model, build_tokenizer
 
     tokenizer = build_tokenizer()
@@ -76,6 +81,22 @@ def test_a_profile_for_another_model(artifacts, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     sentence = refusal("--model", str(tmp_path), "--profile", f"safety={artifacts.safety}")
     assert "other weights" in sentence and "finesteer train" in sentence
+
+
+def test_a_profile_that_changes_nothing(artifacts, tmp_path):
+    profile = SteeringProfile.load(artifacts.safety)
+    silent = ConstantVector(torch.zeros(profile.manifest.model.hidden_size))
+    manifest = replace(profile.manifest, method="caa", experts=ExpertsManifest("constant"))
+    replace(profile, manifest=manifest, experts=silent).save(tmp_path)
+    sentence = refusal("--model", str(artifacts.model), "--profile", f"mute={tmp_path}")
+    assert "'mute' does not steer this model as it should: it changes nothing" in sentence
+
+
+def test_a_model_that_escapes_its_hooks(artifacts, monkeypatch):
+    """Steering that did not attach must not serve: the start-up check runs real steps."""
+    monkeypatch.setattr(Intervention, "attached", lambda self: contextlib.nullcontext())
+    sentence = refusal("--model", str(artifacts.model), "--profile", f"safety={artifacts.safety}")
+    assert "'safety' does not steer this model" in sentence
 
 
 def test_a_model_without_a_tokenizer(artifacts, tmp_path):

@@ -6,18 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.oracle_text import TextOracle
-from tests.serving import Artifacts, build_artifacts, process
-
-
-@pytest.fixture(scope="session")
-def artifacts(tmp_path_factory) -> Artifacts:
-    return build_artifacts(tmp_path_factory.mktemp("artifacts"))
-
-
-@pytest.fixture(scope="session")
-def oracle(artifacts: Artifacts) -> TextOracle:
-    return TextOracle(artifacts)
+from tests.serving import Artifacts, process
 
 
 @pytest.fixture(scope="module")

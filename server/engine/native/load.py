@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from server.engine.base import EngineObserver
 from server.engine.native.engine import NativeEngine
-from server.engine.native.selftest import check_against_transformers
+from server.engine.native.selftest import check_against_transformers, check_steering
 from steering.architecture import decoder_layers, text_config
 from steering.errors import ModelError
 from steering.profile import SteeringProfile
@@ -32,7 +32,8 @@ def load_engine(
     num_threads: int | None = None,
     observer: EngineObserver | None = None,
 ) -> NativeEngine:
-    """Load a checkpoint and its profiles, prove that our forward pass is the model's own, and build the engine.
+    """Load a checkpoint and its profiles, prove that our forward pass is the model's own and that the profiles act, and
+    build the engine.
 
     Args:
         model: a folder or a hub id.
@@ -52,7 +53,8 @@ def load_engine(
     if length > limit:
         raise ModelError(f"--max-model-len {length} is more than the {limit} positions that {model} was made for.")
     loaded_profiles = [SteeringProfile.load(path, name) for name, path in profiles.items()]
-    engine = NativeEngine(
+    check_steering(loaded, loaded_profiles)
+    return NativeEngine(
         loaded,
         loaded_profiles,
         model_name=model,
@@ -61,7 +63,6 @@ def load_engine(
         max_waiting=max_waiting,
         observer=observer,
     )
-    return engine
 
 
 def load_model(model: str, *, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:

@@ -1,13 +1,23 @@
-"""Start-up proof that our packed attention computes what the model's own code computes: else the checkpoint is refused."""
+"""Start-up proofs: our packed attention computes what the model's own code computes, and each profile's vector arrives.
+
+A checkpoint or a profile that fails is refused, so nothing is served wrongly or silently unsteered.
+"""
 
 from __future__ import annotations
 
 import torch
 from transformers import PreTrainedModel
 
+from server.engine.base import GenerationRequest, SamplingOptions, TokenEvent
 from server.engine.native.attention import ATTENTION, AttentionStep, KVCache, register
+from server.engine.native.core import EngineCore, Result
+from server.engine.native.runner import Runner
+from server.engine.native.scheduler import Scheduler
+from server.engine.native.sequence import SequenceGroup
 from steering.architecture import text_config
-from steering.errors import ModelError
+from steering.decision import ProfileActivation, SteeringOptions
+from steering.errors import ModelError, ProfileError
+from steering.profile import SteeringProfile
 
 PROMPT, LENGTH = 5, 8
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 8e-2, torch.float16: 2e-2}
@@ -54,3 +64,34 @@ def _run(model: PreTrainedModel, ids: torch.Tensor, start: int, cache: KVCache) 
         max_length=start + length,
     )
     return model(input_ids=ids, position_ids=positions[None], use_cache=False, step=step).logits[0]
+
+
+def check_steering(model: PreTrainedModel, profiles: list[SteeringProfile]) -> None:
+    """Generate two tokens plain, at strength 0, and with the gate forced open: the first two must be equal bit for bit, the
+    third must differ, for each profile. Raises ProfileError."""
+    core = EngineCore(Runner(model, profiles, 1, LENGTH), Scheduler(1, LENGTH, 1), LENGTH)
+    plain = _generate(core, ())
+    for profile in profiles:
+        strength = 4 * (profile.manifest.strength or 1.0)  # coarse dtypes must show it
+        shut = _generate(core, (ProfileActivation(profile.name, 0.0, gate="open"),))
+        steered = _generate(core, (ProfileActivation(profile.name, strength, gate="open"),))
+        if shut != plain or steered == plain:
+            what = "at strength 0 it changes answers" if shut != plain else "it changes nothing"
+            raise ProfileError(
+                f"profile {profile.name!r} does not steer this model as it should: {what}. Train it again at another layer, or "
+                "report the model's architecture."
+            )
+
+
+def _generate(core: EngineCore, activations: tuple[ProfileActivation, ...]) -> list[object]:
+    """Tokens and log-probabilities of a short greedy run, or its failure's words."""
+    prompt = tuple(i % text_config(core.runner.model).vocab_size for i in range(1, PROMPT + 1))
+    sampling = SamplingOptions(max_tokens=2, temperature=0.0, logprobs=5)
+    core.add(
+        SequenceGroup.of(GenerationRequest("selftest", prompt, sampling, SteeringOptions(activations)), lambda _: None)
+    )
+    results: list[Result] = []
+    with core.runner.attached():
+        while core.has_work:
+            results += [result for _, result in core.step()]
+    return [(r.token_id, r.logprobs) if isinstance(r, TokenEvent) else str(r) for r in results]

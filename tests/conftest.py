@@ -1,0 +1,18 @@
+"""The tiny checkpoint with its two profiles, and what transformers alone says of it: once for all tests that serve."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.oracle_text import TextOracle
+from tests.serving import Artifacts, build_artifacts
+
+
+@pytest.fixture(scope="session")
+def artifacts(tmp_path_factory) -> Artifacts:
+    return build_artifacts(tmp_path_factory.mktemp("artifacts"))
+
+
+@pytest.fixture(scope="session")
+def oracle(artifacts: Artifacts) -> TextOracle:
+    return TextOracle(artifacts)
