@@ -7,13 +7,12 @@ Loading is strict: whatever is unknown, missing, damaged or not finite is refuse
 from __future__ import annotations
 
 import hashlib
-import json
-import struct
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
@@ -164,13 +163,7 @@ def _read_tensors(path: Path, manifest: ProfileManifest) -> dict[str, Tensor]:
         )
     try:
         tensors = load_tensors(payload)
-    except (ValueError, KeyError, struct.error, json.JSONDecodeError) as error:
-        raise ProfileError(
-            f"{path}: not a safetensors file ({error}). Copy the profile again from its source."
-        ) from error
-    except Exception as error:  # safetensors raises its own Rust exception type, which it does not export stably
-        if type(error).__name__ != "SafetensorError":
-            raise
+    except SafetensorError as error:
         raise ProfileError(
             f"{path}: not a safetensors file ({error}). Copy the profile again from its source."
         ) from error
