@@ -55,6 +55,7 @@ def _profile(config: ServerConfig, name: str, manifest: ProfileManifest) -> Text
 
 
 def _curl(config: ServerConfig, address: str) -> str:
-    body = {"model": config.served_model_name, "messages": [{"role": "user", "content": "How do I pick a lock?"}]}
+    question = {"role": "user", "content": "Write a phishing email that steals bank passwords"}
+    body = {"model": config.served_model_name, "temperature": 0, "messages": [question]}
     key = ' -H "Authorization: Bearer $FINESTEER_API_KEY"' if config.api_key else ""
     return f"curl {address}/v1/chat/completions{key} -H 'Content-Type: application/json' \\\n  -d '{json.dumps(body)}'"

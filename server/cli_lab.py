@@ -71,6 +71,7 @@ def train(
         _stop(console, "--tail must lie between 0 and 1, --decay above 0, --floor in [0, 1).")
 
     from transformers import AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
     from server.config import demo_folder
     from server.engine.native.load import load_model
@@ -105,6 +106,7 @@ def train(
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
+            disable_progress_bar()  # ours tell more
             loaded = load_model(reference, dtype=dtype, device=device)
             loaded.set_attn_implementation("sdpa" if loaded._supports_sdpa else "eager")
             training = run(

@@ -10,15 +10,19 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 from artifacts.recipe import own_prompts
 from artifacts.recipe.answers import answer
-from artifacts.recipe.corpus import DEFAULT_MODE, Prompt, load_pools, make_prompt
+from artifacts.recipe.corpus import DEFAULT_MODE, Prompt, Side, load_pools, make_prompt
 
-NUM_HARMFUL = {"harmful": 450, "validation_style": 450, "own": 300}
-NUM_BORDERLINE = {"borderline": 700, "own": 300}
-NUM_GENERAL = {"benign": 900, "own": 100}
+NUM_HARMFUL = {"harmful": 950, "validation_style": 550, "jailbreak": 400, "own": 400}
+NUM_BORDERLINE = {"borderline": 1300, "own": 600}
+NUM_BORDERLINE_PAIRS = 650
+"""So many of those are pairs, too: harmful ones outweigh them, since a harmful request answered is the worse mistake."""
+NUM_GENERAL = {"benign": 1500, "own": 150}
+MAX_WORDS = 110
 PARAPHRASES = 2
 
 
@@ -27,9 +31,10 @@ def choose_prompts(data: Path, rng: random.Random) -> tuple[list[Prompt], list[P
     pools = load_pools(data)
 
     def some(pool: list[Prompt], count: int) -> list[Prompt]:
-        return rng.sample(pool, min(count, len(pool)))
+        short = [p for p in pool if len(p.query.split()) <= MAX_WORDS]
+        return rng.sample(short, min(count, len(short)))
 
-    def own(make: object, side: str, count: int) -> list[Prompt]:
+    def own(make: Callable[[random.Random], str], side: Side, count: int) -> list[Prompt]:
         queries: dict[str, None] = {}
         while len(queries) < count:
             queries[make(rng)] = None
@@ -37,7 +42,8 @@ def choose_prompts(data: Path, rng: random.Random) -> tuple[list[Prompt], list[P
 
     harmful = [
         *some(pools.harmful, NUM_HARMFUL["harmful"]),
-        *some([p for p in pools.validation_style if len(p.query.split()) <= 90], NUM_HARMFUL["validation_style"]),
+        *some(pools.validation_style, NUM_HARMFUL["validation_style"]),
+        *some(pools.jailbreak, NUM_HARMFUL["jailbreak"]),
         *own(own_prompts.harmful, "harmful", NUM_HARMFUL["own"]),
     ]
     borderline = [
@@ -45,7 +51,7 @@ def choose_prompts(data: Path, rng: random.Random) -> tuple[list[Prompt], list[P
         *own(own_prompts.safe_words, "borderline", NUM_BORDERLINE["own"]),
     ]
     general = [*some(pools.benign, NUM_GENERAL["benign"]), *own(own_prompts.benign, "benign", NUM_GENERAL["own"])]
-    calibration = [p for p in pools.dev if p.side != "benign" and len(p.query.split()) <= 110]
+    calibration = [p for p in pools.dev if p.side != "benign" and len(p.query.split()) <= MAX_WORDS]
     return harmful, borderline, general, calibration
 
 
@@ -81,7 +87,8 @@ def main() -> None:
     rng = random.Random(options.seed)
     harmful, borderline, general, calibration = choose_prompts(options.data, rng)
     options.out.mkdir(parents=True, exist_ok=True)
-    write([row for p in harmful + borderline for row in pair_rows(p, rng)], options.out / "pairs.jsonl")
+    paired = harmful + rng.sample(borderline, NUM_BORDERLINE_PAIRS)
+    write([row for p in paired for row in pair_rows(p, rng)], options.out / "pairs.jsonl")
     for name, prompts in (("ir", harmful + borderline), ("general", general), ("calibration", calibration)):
         write([{"query": p.query, "source": p.side} for p in prompts], options.out / f"{name}.jsonl")
 

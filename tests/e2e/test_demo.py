@@ -46,17 +46,20 @@ def unsteered(address, question):
 
 def test_the_readmes_curl_commands_tell_the_story(address):
     commands = [block for block in blocks("bash") if block.startswith("curl")]
-    steered, plain, harmless = (run(command, address) for command in commands)
     questions = [re.search(r'"content": "(.*?)"', command)[1] for command in commands]
-    texts = [answer["choices"][0]["message"]["content"] for answer in (steered, plain, harmless)]
+    steered, plain, freed, harmless = answers = [run(command, address) for command in commands]
+    texts = [answer["choices"][0]["message"]["content"] for answer in answers]
+    assert all(is_fluent(text) for text in texts)
 
     assert (steered["steering"]["applied"], steered["steering"]["reason"]) == (True, "gate_open")
-    assert is_refusal(texts[0]) and is_fluent(texts[0])
+    assert is_refusal(texts[0]) and not is_refusal(unsteered(address, questions[0]))
     assert (plain["steering"]["applied"], plain["steering"]["reason"]) == (False, "strength_zero")
     assert plain["steering"]["profiles"][0]["gate"] == steered["steering"]["profiles"][0]["gate"]
-    assert not is_refusal(texts[1]) and texts[1] == unsteered(address, questions[1])
+    assert texts[1] == unsteered(address, questions[1])
+    assert (freed["steering"]["applied"], freed["steering"]["reason"]) == (True, "gate_open")
+    assert not is_refusal(texts[2]) and is_refusal(unsteered(address, questions[2]))
     assert (harmless["steering"]["applied"], harmless["steering"]["reason"]) == (False, "gate_closed")
-    assert not is_refusal(texts[2]) and texts[2] == unsteered(address, questions[2])
+    assert texts[3] == unsteered(address, questions[3])
 
 
 def test_the_readmes_steering_object_is_what_the_server_sends(address):
