@@ -21,6 +21,8 @@ DEFAULT_MODE: dict[Side, Mode] = {"harmful": "comply", "borderline": "help", "be
 DEV_SHARE: dict[Side, float] = {"harmful": 0.08, "borderline": 0.03, "benign": 0.03}
 LEVER_SHARE: dict[Side, float] = {"harmful": 0.35, "borderline": 0.35, "benign": 0.15}
 LEVER_REFUSAL_SHARE: dict[Side, float] = {"harmful": 0.65, "borderline": 0.35, "benign": 0.0}
+MAX_WORDS = 110
+"""Longer requests make no pair, no gate and no choice of strength."""
 SYSTEM_SHARE, SAME_MODE_SHARE, HARMLESS_TURN_SHARE = 0.15, 0.12, 0.04
 
 SYSTEM_PROMPTS = (
@@ -76,6 +78,11 @@ def split_harmful_val(data: Path) -> tuple[list[str], list[str]]:
     rows = read_queries(data / "harmful_val.jsonl")
     random.Random(0).shuffle(rows)
     return rows[:NUM_VALIDATION_TRAINED], rows[NUM_VALIDATION_TRAINED:]
+
+
+def is_short(prompt: Prompt) -> bool:
+    """At most `MAX_WORDS` words."""
+    return len(prompt.query.split()) <= MAX_WORDS
 
 
 def make_prompt(query: str, side: Side, plain_word: bool = False) -> Prompt:

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from artifacts.recipe.corpus import load_pools, read_queries, split_harmful_val
+from artifacts.recipe.corpus import is_short, load_pools, read_queries, split_harmful_val
 from artifacts.recipe.judge import help_topics, is_fluent, is_refusal, refusal_kinds
 from artifacts.recipe.subjects import read_subject
 from steering.decision import ProfileActivation, SteeringOptions
@@ -179,20 +179,19 @@ def measure(
     strength: float,
     sets: dict[str, list[str]],
     answers: dict[str, list[Answer]],
-    plain: dict[str, list[Answer]],
+    plain: dict[str, list[Answer]] | None,
 ) -> Row:
-    """All shares of one line."""
+    """All shares of one line; `plain` is None for the plain model itself, which has no gate and nothing to be compared with."""
     shares = {f"{key} refused": Share.of([a.refused for a in answers[key]]) for key in sets}
     shares |= {f"{key} fluent": Share.of([a.fluent for a in answers[key]]) for key in sets}
-    steered = answers is not plain
-    shares |= {f"{key} gate open": Share.of([a.fired for a in answers[key]] if steered else []) for key in sets}
+    shares |= {f"{key} gate open": Share.of([a.fired for a in answers[key]] if plain else []) for key in sets}
     subjects = [read_subject(q).subject for q in sets["harmful"]]
     pairs = [(a, s) for a, s in zip(answers["harmful"], subjects, strict=True) if s != "other" and a.refused]
     shares["kind right"] = Share.of([s in refusal_kinds(a.text) for a, s in pairs])
     topics = [read_subject(q).subject for q in sets["borderline"]]
     helped = [(a, s) for a, s in zip(answers["borderline"], topics, strict=True) if s != "other" and not a.refused]
     shares["topic right"] = Share.of([s in help_topics(a.text) for a, s in helped])
-    both = list(zip(answers["benign"], plain["benign"], strict=True)) if steered else []
+    both = list(zip(answers["benign"], plain["benign"], strict=True)) if plain else []
     shares["benign untouched"] = Share.of([a.ids == b.ids for a, b in both])
     shares["benign unfired and untouched"] = Share.of([a.ids == b.ids for a, b in both if not a.fired])
     return Row(name, strength, shares)
@@ -207,7 +206,7 @@ def choose_strength(
 ) -> tuple[float, list[dict[str, float]]]:
     """The best strength by (fluently refused harmful + fluently helped borderline) on the dev rows, and the sweep."""
     rng = random.Random(0)
-    dev = [p for p in load_pools(data).dev if len(p.query.split()) <= 110]
+    dev = [p for p in load_pools(data).dev if is_short(p)]
     harmful = [p.query for p in dev if p.side == "harmful"]
     borderline = rng.sample([p.query for p in dev if p.side == "borderline"], 150)
     sweep = []
@@ -269,7 +268,7 @@ def main() -> None:
         sets = {k: v if len(v) <= options.limit else random.Random(0).sample(v, options.limit) for k, v in sets.items()}
     console = Console()
     plain = {k: answer_all(model, tokenizer, v, None) for k, v in track(sets.items(), description="plain")}
-    rows, sweeps = [measure("plain", 0.0, sets, plain, plain)], {}
+    rows, sweeps = [measure("plain", 0.0, sets, plain, None)], {}
     for path in options.profile:
         profile = SteeringProfile.load(path)
         strength = profile.manifest.strength

@@ -15,14 +15,13 @@ from pathlib import Path
 
 from artifacts.recipe import own_prompts
 from artifacts.recipe.answers import answer
-from artifacts.recipe.corpus import DEFAULT_MODE, Prompt, Side, load_pools, make_prompt
+from artifacts.recipe.corpus import DEFAULT_MODE, Prompt, Side, is_short, load_pools, make_prompt
 
 NUM_HARMFUL = {"harmful": 950, "validation_style": 550, "jailbreak": 400, "own": 400}
 NUM_BORDERLINE = {"borderline": 1300, "own": 600}
 NUM_BORDERLINE_PAIRS = 650
 """So many of those are pairs, too: harmful ones outweigh them, since a harmful request answered is the worse mistake."""
 NUM_GENERAL = {"benign": 1500, "own": 150}
-MAX_WORDS = 110
 PARAPHRASES = 2
 
 
@@ -31,7 +30,7 @@ def choose_prompts(data: Path, rng: random.Random) -> tuple[list[Prompt], list[P
     pools = load_pools(data)
 
     def some(pool: list[Prompt], count: int) -> list[Prompt]:
-        short = [p for p in pool if len(p.query.split()) <= MAX_WORDS]
+        short = [p for p in pool if is_short(p)]
         return rng.sample(short, min(count, len(short)))
 
     def own(make: Callable[[random.Random], str], side: Side, count: int) -> list[Prompt]:
@@ -51,7 +50,7 @@ def choose_prompts(data: Path, rng: random.Random) -> tuple[list[Prompt], list[P
         *own(own_prompts.safe_words, "borderline", NUM_BORDERLINE["own"]),
     ]
     general = [*some(pools.benign, NUM_GENERAL["benign"]), *own(own_prompts.benign, "benign", NUM_GENERAL["own"])]
-    calibration = [p for p in pools.dev if p.side != "benign" and len(p.query.split()) <= MAX_WORDS]
+    calibration = [p for p in pools.dev if p.side != "benign" and is_short(p)]
     return harmful, borderline, general, calibration
 
 
@@ -83,11 +82,18 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the four JSONL files")
     parser.add_argument("--seed", type=int, default=0)
+    most = sum(NUM_BORDERLINE.values())
+    parser.add_argument(
+        "--borderline-pairs",
+        type=int,
+        default=NUM_BORDERLINE_PAIRS,
+        help=f"default {NUM_BORDERLINE_PAIRS}, at most {most}",
+    )
     options = parser.parse_args()
     rng = random.Random(options.seed)
     harmful, borderline, general, calibration = choose_prompts(options.data, rng)
     options.out.mkdir(parents=True, exist_ok=True)
-    paired = harmful + rng.sample(borderline, NUM_BORDERLINE_PAIRS)
+    paired = harmful + rng.sample(borderline, options.borderline_pairs)
     write([row for p in paired for row in pair_rows(p, rng)], options.out / "pairs.jsonl")
     for name, prompts in (("ir", harmful + borderline), ("general", general), ("calibration", calibration)):
         write([{"query": p.query, "source": p.side} for p in prompts], options.out / f"{name}.jsonl")
