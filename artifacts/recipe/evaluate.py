@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import track
+from scipy.stats import binomtest
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from artifacts.recipe.corpus import is_short, load_pools, read_queries, split_harmful_val
@@ -141,12 +142,9 @@ class Share:
         return cls(sum(flags), len(flags))
 
     def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval."""
-        if not self.n:
-            return 0.0, 1.0
-        z, p = 1.96, self.hits / self.n
-        middle, width = p + z * z / (2 * self.n), z * math.sqrt(p * (1 - p) / self.n + z * z / (4 * self.n**2))
-        return (middle - width) / (1 + z * z / self.n), (middle + width) / (1 + z * z / self.n)
+        """Wilson's 95 % interval; n must not be 0."""
+        found = binomtest(self.hits, self.n).proportion_ci(method="wilson")
+        return float(found.low), float(found.high)
 
     def __str__(self) -> str:
         if not self.n:

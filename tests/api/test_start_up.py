@@ -92,6 +92,18 @@ def test_a_profile_that_changes_nothing(artifacts, tmp_path):
     assert "'mute' does not steer this model as it should: it changes nothing" in sentence
 
 
+def test_steering_that_acts_at_strength_zero(artifacts, monkeypatch):
+    read = Intervention._read
+
+    def leak(self, site, flat, record):
+        read(self, site, flat, record)
+        site.table[1:] += 1.0
+
+    monkeypatch.setattr(Intervention, "_read", leak)
+    sentence = refusal("--model", str(artifacts.model), "--profile", f"safety={artifacts.safety}")
+    assert "'safety' does not steer this model as it should: at strength 0 it changes answers" in sentence
+
+
 def test_a_model_that_escapes_its_hooks(artifacts, monkeypatch):
     """Steering that did not attach must not serve: the start-up check runs real steps."""
     monkeypatch.setattr(Intervention, "attached", lambda self: contextlib.nullcontext())

@@ -118,6 +118,17 @@ def test_fitter_finds_the_planted_subspace_and_separates_unseen_queries():
     assert (fit.gate(unseen_general).gate == 1).float().mean() < 0.1
 
 
+def test_of_gates_that_are_as_good_the_one_with_fewest_directions_is_chosen():
+    """As good: within one standard error of the lowest fire rate, which alone would here choose more directions."""
+    ir = planted(10, 300, 2.0) + 0.6 * drawn(19, 300, 2) @ orthonormal(4, 2).T  # two weak directions more
+    general = drawn(13, 300, D)
+    fit = fit_gate(ir, general, centre="none")
+    lowest = min(fit.candidates, key=lambda c: c.fire_rate)
+    limit = lowest.fire_rate + np.sqrt(lowest.fire_rate * (1 - lowest.fire_rate) / len(general))
+    assert fit.chosen.fire_rate <= limit and fit.rank < lowest.rank
+    assert all(c.fire_rate > limit for c in fit.candidates if c.rank < fit.rank)
+
+
 def test_held_out_ratios_show_no_separation_where_there_is_none():
     """Same distribution on both sides, as many directions as samples allow: in-sample ratios would separate well."""
     ir, general = drawn(1, 60, 40), drawn(2, 60, 40)
