@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 
 import pytest
 
@@ -111,8 +112,16 @@ async def test_cutting_a_whole_answer_frees_its_rows(served, path, body):
     assert sample(await metrics_of(served), "request_success_total", finished_reason="abort") == 2
 
 
-async def test_cutting_before_the_first_byte_frees_the_queue(artifacts):
+async def test_cutting_before_the_first_byte_frees_the_queue(artifacts, monkeypatch):
     async with serving(artifacts, max_num_seqs=1) as served:
+        runner = served.engine._core.runner
+        step = runner.step
+
+        def slow(batch):
+            time.sleep(0.01)  # on a busy machine the first answer must not end before the second request is cut
+            return step(batch)
+
+        monkeypatch.setattr(runner, "step", slow)
         first = Connection(served.app, "/v1/chat/completions", LONG | {"stream": True})
         queued = Connection(served.app, "/v1/chat/completions", LONG | {"stream": True})
         tasks = [asyncio.create_task(connection.run()) for connection in (first, queued)]
