@@ -33,12 +33,18 @@ def _facts(config: ServerConfig, engine: Engine, address: str) -> Panel:
         f"  {info.num_layers} layers x {info.hidden_size}, {info.dtype}, {info.device}, context {info.max_model_len}"
     )
     facts.add_row("Model", Text.assemble((config.served_model_name, "bold"), shape))
+    memory = f"{_mib(info.kv_cache_bytes)} for running sequences, {_mib(info.prefix_cache_bytes)} for the prefix cache"
+    facts.add_row("Memory", Text(memory))
     for i, (name, manifest) in enumerate(engine.profiles.items()):
         facts.add_row("" if i else "Profiles", _profile(config, name, manifest))
     if not engine.profiles:
         facts.add_row("Profiles", Text("none: answers are the plain model's", style="yellow"))
     facts.add_row("Also", Text(f"{address}/docs   {address}/metrics"))
     return Panel(facts, title="FineSteer", title_align="left", border_style="green", expand=False)
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.0f} MiB"
 
 
 def _profile(config: ServerConfig, name: str, manifest: ProfileManifest) -> Text:

@@ -39,7 +39,16 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes any free one.")] = 8000,
     max_num_seqs: Annotated[int, typer.Option(help="Completions that run at once.")] = 32,
     max_model_len: Annotated[int | None, typer.Option(help="Prompt and answer tokens together.")] = None,
+    max_batched_tokens: Annotated[
+        int | None, typer.Option(help="Prompt tokens in one step: the most that running streams wait for.")
+    ] = None,
     max_waiting: Annotated[int, typer.Option(help="Requests that may queue; more get a 503.")] = 1024,
+    kv_cache_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory for running sequences' keys and values, e.g. 4GiB.")
+    ] = None,
+    prefix_cache_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory for finished prompts; 0 switches the prefix cache off.")
+    ] = None,
     num_threads: Annotated[int | None, typer.Option(help="CPU threads for the model.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -77,7 +86,10 @@ def serve(
             port=port,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
+            max_batched_tokens=max_batched_tokens,
             max_waiting=max_waiting,
+            kv_cache_memory=kv_cache_memory,
+            prefix_cache_memory=prefix_cache_memory,
             num_threads=num_threads,
             dtype=dtype,
             device=device,

@@ -17,6 +17,7 @@ from server.wire.steering import METADATA_LEVELS
 LogLevel = Literal["debug", "info", "warning", "error"]
 API_KEY_VARIABLE = "FINESTEER_API_KEY"
 DEMO_MODEL_NAME = "demo"
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGkmg])?(?:i?[Bb])?")
 PROFILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -35,7 +36,10 @@ class ServerConfig:
     port: int = 8000
     max_num_seqs: int = 32
     max_model_len: int | None = None
+    max_batched_tokens: int | None = None
     max_waiting: int = 1024
+    kv_cache_memory: int | None = None
+    prefix_cache_memory: int | None = None
     num_threads: int | None = None
     dtype: str = "auto"
     device: str = "auto"
@@ -50,7 +54,7 @@ class ServerConfig:
             raise ConfigError("--served-model-name must not be empty.")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port {self.port} is no port; use 0 (any free one) to 65535.")
-        for option in ("max_num_seqs", "max_model_len", "max_waiting", "num_threads"):
+        for option in ("max_num_seqs", "max_model_len", "max_batched_tokens", "max_waiting", "num_threads"):
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise ConfigError(f"--{option.replace('_', '-')} {value} must be at least 1.")
@@ -75,6 +79,8 @@ class ServerConfig:
         max_steer_strength: float,
         steering_metadata: str,
         api_key: str | None,
+        kv_cache_memory: str | None = None,
+        prefix_cache_memory: str | None = None,
         environ: Mapping[str, str] | None = None,
         **options: Any,
     ) -> ServerConfig:
@@ -106,6 +112,8 @@ class ServerConfig:
             served_model_name=_public_name(model) if served_model_name is None else served_model_name,
             profiles=named,
             policy=policy,
+            kv_cache_memory=_size("--kv-cache-memory", kv_cache_memory),
+            prefix_cache_memory=_size("--prefix-cache-memory", prefix_cache_memory),
             api_key=api_key or environ.get(API_KEY_VARIABLE) or None,
             **options,
         )
@@ -141,6 +149,16 @@ def _pairs(option: str, texts: Iterable[str], shape: str) -> dict[str, str]:
             raise ConfigError(f"{option}: {name!r} is given twice.")
         pairs[name] = value
     return pairs
+
+
+def _size(option: str, text: str | None) -> int | None:
+    """Bytes: a whole number, or a number with KiB, MiB, GiB (or K, M, G, which mean the same here)."""
+    if text is None:
+        return None
+    found = SIZE.fullmatch(text.strip())
+    if found is None:
+        raise ConfigError(f"{option} {text}: must be a size such as 512MiB, 1.5GiB or a whole number of bytes.")
+    return int(float(found[1]) * 1024 ** " KMG".index((found[2] or " ").upper()))
 
 
 def _choice(option: str, value: str, allowed: tuple[Any, ...]) -> Any:

@@ -38,7 +38,10 @@ def run(config: ServerConfig, listener: socket.socket) -> None:
                 device=config.device,
                 max_num_seqs=config.max_num_seqs,
                 max_model_len=config.max_model_len,
+                max_batched_tokens=config.max_batched_tokens,
                 max_waiting=config.max_waiting,
+                kv_cache_bytes=config.kv_cache_memory,
+                prefix_cache_bytes=config.prefix_cache_memory,
                 num_threads=config.num_threads,
                 observer=metrics,
             )

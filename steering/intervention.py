@@ -1,112 +1,152 @@
 """The intervention: H ← H + λ·g(h_q)·v(h_q) at a layer's output, for many sequences in one forward pass.
 
-An engine packs its rows, T tokens of many sequences, and hands over a `StepPlan`: which rows are a prompt's last token
-(their states are the queries), and which slot of a dense table each row belongs to. At the site, inside the pass, the
-queries are read, their vectors written to the table, and each row gets its slot's vector added. Slot 0 is a zero row, so
-a row that is not steered gets exactly 0. A vector costs a table row per sequence, never a configuration.
+A model is cut at its sites, the layers at whose output profiles act. An engine runs a prompt's tokens up to a site, lets the
+site read the last one's state, and runs on with what the site adds: a `Dose`, one vector per sequence. While decoding, the
+doses of all running sequences lie in one dense table, so a step costs one gather and one add, however many vectors differ.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from steering.architecture import decoder_layers
-from steering.decision import (
-    ProfileActivation,
-    ProfileDecision,
-    SteeringDecision,
-    SteeringOptions,
-    combine,
-    decide_profile,
-)
-from steering.errors import SteeringError
+from steering.architecture import text_config
+from steering.decision import ProfileActivation, ProfileDecision, SteeringOptions, decide_profile
 from steering.profile import SteeringProfile
 
-
-@dataclass(frozen=True)
-class Query:
-    """One prompt whose last token is in this pass: its packed `row`, its sequence's table `slot` (≥ 1), what it asks for."""
-
-    row: int
-    slot: int
-    options: SteeringOptions
+_FORCED = {"auto": math.nan, "open": 1.0, "closed": 0.0}
 
 
 @dataclass(frozen=True)
-class StepPlan:
-    """One forward pass, as steering sees it.
+class Dose:
+    """What a site adds to one sequence, the sum of its profiles' λ·g·v: (d,) each, in the model's dtype.
 
     Attributes:
-        queries: prompts that decide in this pass.
-        row_slots: (T,) int64, the table row whose vector each packed row gets: 0 = none; a sequence's `slot` for its
-            prompt's last token and all generated tokens; `Intervention.prompt_row(slot)` for the prompt's other tokens.
-            None if no row gets any.
+        prompt: to the prompt's tokens before its last; None where all profiles act at positions "last".
+        answer: to the prompt's last token and to all generated ones.
+        key: a hash of both; equal keys mean equal vectors, bit for bit.
+        uniform: every position gets the same, wherever the prompt ends.
     """
 
-    queries: tuple[Query, ...] = ()
-    row_slots: Tensor | None = None
+    prompt: Tensor | None
+    answer: Tensor
+    key: bytes
+    uniform: bool
+
+    @classmethod
+    def of(cls, prompt: Tensor | None, answer: Tensor) -> Dose:
+        """A dose and its key. Waits for the device."""
+        parts = [answer] if prompt is None or prompt is answer else [answer, prompt]
+        raw = b"".join(part.cpu().contiguous().view(torch.uint8).numpy().tobytes() for part in parts)
+        return cls(prompt, answer, hashlib.blake2b(raw, digest_size=16).digest(), prompt is answer)
+
+    def add(self, states: Tensor, start: int, num_prompt_tokens: int) -> Tensor:
+        """(S, d) states of the positions from `start` on, with the dose added; `states` stay as they are."""
+        if self.uniform:
+            return states + self.answer
+        states = states.clone()
+        answer_from = min(max(num_prompt_tokens - 1 - start, 0), len(states))
+        if self.prompt is not None:
+            states[:answer_from] += self.prompt
+        states[answer_from:] += self.answer
+        return states
 
 
-@dataclass
-class _Site:
-    """One layer's output: the profiles that act there, and the vectors they wrote, in the model's dtype.
+@dataclass(frozen=True)
+class Reading:
+    """What one site made of one query: a decision for each profile that was asked for here, and the dose (None: nothing is added)."""
 
-    `table`: (1 + 2·num_slots, d). Row 0 is zero; row `slot` sums all of the sequence's profiles; row num_slots + slot
-    only those whose positions are "all", for the prompt's tokens before its last.
+    profiles: tuple[ProfileDecision, ...]
+    dose: Dose | None
+    compute_ms: float
+
+
+class Site:
+    """One layer's output, the profiles that act there, and the doses of the sequences that are being decoded.
+
+    Attributes:
+        table: (1 + num_slots, d), the model's dtype. Row 0 is zero; row 1 + slot is what the slot's answer gets.
     """
 
-    layer: int
-    profiles: list[SteeringProfile]
-    table: Tensor
+    def __init__(self, layer: int, profiles: list[SteeringProfile], num_slots: int, model: nn.Module) -> None:
+        weight = model.get_input_embeddings().weight
+        self.layer = layer
+        self._profiles = profiles
+        self._dtype = model.dtype
+        self.table = torch.zeros(1 + num_slots, text_config(model).hidden_size, dtype=model.dtype, device=weight.device)
 
+    def read(self, states: Tensor, options: Sequence[SteeringOptions]) -> list[Reading]:
+        """Gate and vector of each query: (n, d) states of n prompts' last tokens, and what each asks for. Waits for the device.
 
-@dataclass
-class _Reading:
-    """What one profile computed for its queries of this pass; `numbers`: (n, 5 + K) float32: gate, energy ratio, ‖v‖, ‖h_q‖, ‖U_res β‖, α."""
-
-    profile: SteeringProfile
-    queries: list[int]
-    activations: list[ProfileActivation]
-    numbers: Tensor
-
-
-@dataclass
-class StepRecord:
-    """What a pass decided. Filled on the device during the pass; `decisions` copies it to the host, once."""
-
-    plan: StepPlan
-    readings: list[_Reading] = field(default_factory=list)
-    compute_s: float = 0.0
-
-    def decisions(self) -> list[SteeringDecision]:
-        """One decision for each of the plan's queries, in their order.
-
-        Raises SteeringError where a profile that a query asked for never read its state: the pass was not steered.
+        A profile that could not compute a finite vector is reported as `non_finite` and adds nothing: it is the caller who
+        must not go on.
         """
-        rows: list[dict[str, ProfileDecision]] = [{} for _ in self.plan.queries]
-        for reading in self.readings:
-            for query, activation, numbers in zip(
-                reading.queries, reading.activations, reading.numbers.tolist(), strict=True
-            ):
-                rows[query][activation.profile] = _decision(reading.profile, activation, numbers)
-        for query, row in zip(self.plan.queries, rows, strict=True):
-            for activation in query.options.activations:
-                if activation.profile not in row:
-                    raise SteeringError(
-                        f"profile {activation.profile!r} does not steer this model as it should: its layer's hook was never run."
-                    )
-        compute_ms = 1000 * self.compute_s
-        return [
-            combine(query.options, tuple(row[a.profile] for a in query.options.activations), compute_ms)
-            for query, row in zip(self.plan.queries, rows, strict=True)
-        ]
+        started = time.perf_counter()
+        decisions: list[list[ProfileDecision]] = [[] for _ in options]
+        doses: list[list[tuple[Tensor, bool]]] = [
+            [] for _ in options
+        ]  # those that act, and whether on the whole prompt
+        for profile in self._profiles:
+            asked = [(i, a) for i, o in enumerate(options) for a in o.activations if a.profile == profile.name]
+            if not asked:
+                continue
+            activations = [a for _, a in asked]
+            mine = states if len(asked) == len(states) else states[[i for i, _ in asked]]
+            vectors, numbers = _act(profile, activations, mine.float())
+            for (i, activation), vector, row in zip(asked, vectors.to(self._dtype), numbers.tolist(), strict=True):
+                decision = _decision(profile, activation, row)
+                decisions[i].append(decision)
+                if decision.applied:
+                    doses[i].append((vector, activation.positions == "all"))
+        summed = [_sum(found) for found in doses]
+        compute_ms = 1000 * (time.perf_counter() - started)
+        return [Reading(tuple(d), dose, compute_ms if d else 0.0) for d, dose in zip(decisions, summed, strict=True)]
+
+    def hold(self, slot: int, dose: Dose | None) -> None:
+        """Keep the dose of the sequence in `slot` for its decode steps."""
+        if dose is not None:
+            self.table[1 + slot] = dose.answer
+
+
+def _act(profile: SteeringProfile, activations: list[ProfileActivation], states: Tensor) -> tuple[Tensor, Tensor]:
+    """λ·g·v of each query, (n, d) float32, and (n, 5 + K) numbers: gate, energy ratio, ‖v‖, ‖h_q‖, ‖U_res β‖, α.
+
+    Where v or g is not finite the gate among the numbers is NaN.
+    """
+    gate, ratio = profile.gate(states)
+    if any(a.gate != "auto" for a in activations):
+        forced = torch.tensor([_FORCED[a.gate] for a in activations], device=states.device)
+        gate = torch.where(forced.isnan(), gate, forced)
+    vector, routing, residual_norm = profile.experts(states)
+    strength = torch.tensor([0.0 if a.shadow else a.strength for a in activations], device=states.device)
+    norms = torch.linalg.vector_norm(vector, dim=-1)  # not finite where the vector is not
+    nothing = torch.zeros_like(gate)
+    columns = [
+        torch.where(norms.isfinite(), gate, torch.nan),
+        nothing if ratio is None else ratio,
+        norms,
+        torch.linalg.vector_norm(states, dim=-1),
+        nothing if residual_norm is None else residual_norm,
+    ]
+    numbers = torch.stack(columns, dim=1)
+    return (strength * gate)[:, None] * vector, numbers if routing is None else torch.cat([numbers, routing], dim=1)
+
+
+def _sum(doses: list[tuple[Tensor, bool]]) -> Dose | None:
+    """The dose of a query from its acting profiles' vectors, each with whether it acts on the whole prompt."""
+    if not doses:
+        return None
+    everywhere = [vector for vector, whole in doses if whole]
+    answer = sum((vector for vector, _ in doses[1:]), doses[0][0])
+    if len(everywhere) == len(doses):
+        return Dose.of(answer, answer)
+    return Dose.of(sum(everywhere[1:], everywhere[0]) if everywhere else None, answer)
 
 
 def _decision(profile: SteeringProfile, activation: ProfileActivation, numbers: list[float]) -> ProfileDecision:
@@ -128,112 +168,15 @@ def _decision(profile: SteeringProfile, activation: ProfileActivation, numbers: 
     )
 
 
-class Intervention:
-    """Steers one model with a fixed set of profiles: one forward hook per site, fed by an explicit plan per pass.
+def sites_of(model: nn.Module, profiles: Sequence[SteeringProfile], num_slots: int) -> list[Site]:
+    """The sites of `profiles` on a transformers decoder, from the lowest layer up. Raises ProfileError.
 
     Args:
-        model: a transformers decoder.
-        profiles: checked against the model here; names must differ. Raises ProfileError.
-        num_slots: how many sequences may hold a vector at once; slots are 1 … num_slots.
+        num_slots: how many sequences may hold a dose at once.
     """
-
-    def __init__(self, model: nn.Module, profiles: Sequence[SteeringProfile], num_slots: int) -> None:
-        parameter = model.get_input_embeddings().weight
-        self._layers = decoder_layers(model)
-        self._num_slots = num_slots
-        for profile in profiles:
-            profile.check_model(model)
-        by_layer: dict[int, list[SteeringProfile]] = {}
-        for profile in profiles:
-            by_layer.setdefault(profile.layer, []).append(profile.to(parameter.device))
-        self._sites = []
-        for layer, found in sorted(by_layer.items()):
-            shape = (1 + 2 * num_slots, found[0].manifest.model.hidden_size)
-            table = torch.zeros(shape, dtype=model.dtype, device=parameter.device)
-            self._sites.append(_Site(layer, found, table))
-        self._record: StepRecord | None = None
-
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Hooks are on the model inside this context and gone after it, whatever happens."""
-        with ExitStack() as stack:
-            for site in self._sites:
-                handle = self._layers[site.layer].register_forward_hook(self._hook(site))
-                stack.callback(handle.remove)
-            yield
-
-    @contextmanager
-    def step(self, plan: StepPlan) -> Iterator[StepRecord]:
-        """Steer the forward passes made inside this context by `plan`; outside any, the hooks do nothing."""
-        self._record = StepRecord(plan)
-        try:
-            yield self._record
-        finally:
-            self._record = None
-
-    def prompt_row(self, slot: int) -> int:
-        """The table row of a sequence for its prompt's tokens before the last."""
-        return self._num_slots + slot
-
-    def copy_slot(self, source: int, targets: Sequence[int]) -> None:
-        """Give the generated tokens of `targets` the vectors of `source`: completions of one prompt share its decision."""
-        for site in self._sites:
-            site.table[list(targets)] = site.table[source].clone()
-
-    def _hook(self, site: _Site):
-        def hook(module: nn.Module, args: tuple, output: Tensor | tuple[Tensor, ...]):
-            record = self._record
-            if record is None or (not record.plan.queries and record.plan.row_slots is None):
-                return None
-            states = output if isinstance(output, Tensor) else output[0]  # (..., T, d)
-            flat = states.view(-1, states.shape[-1])
-            if record.plan.queries:
-                started = time.perf_counter()
-                self._read(site, flat, record)
-                record.compute_s += time.perf_counter() - started
-            if record.plan.row_slots is None:
-                return None
-            steered = (flat + site.table[record.plan.row_slots]).view_as(states)
-            return steered if isinstance(output, Tensor) else (steered, *output[1:])
-
-        return hook
-
-    def _read(self, site: _Site, flat: Tensor, record: StepRecord) -> None:
-        """Write λ·g·v of each of the pass's queries into the site's table, and the numbers into the record."""
-        queries = record.plan.queries
-        site.table[[row for q in queries for row in (q.slot, self.prompt_row(q.slot))]] = 0
-        for profile in site.profiles:
-            asked = [
-                (i, q, a) for i, q in enumerate(queries) for a in q.options.activations if a.profile == profile.name
-            ]
-            if not asked:
-                continue
-            states = flat[[q.row for _, q, _ in asked]].float()  # (n, d)
-            activations = [a for _, _, a in asked]
-            gate, ratio = profile.gate(states)
-            forced = torch.tensor([_FORCED[a.gate] for a in activations], device=flat.device)
-            gate = torch.where(forced.isnan(), gate, forced)
-            vector, routing, residual_norm = profile.experts(states)
-            finite = vector.isfinite().all(-1) & gate.isfinite()
-            strength = torch.tensor([0.0 if a.shadow else a.strength for a in activations], device=flat.device)
-            dose = torch.where(finite[:, None], (strength * gate)[:, None] * vector, 0.0)
-            dose = dose.to(site.table.dtype)
-            everywhere = [i for i, a in enumerate(activations) if a.positions == "all"]
-            slots = [q.slot for _, q, _ in asked]
-            site.table[slots] += dose
-            site.table[[self.prompt_row(slots[i]) for i in everywhere]] += dose[everywhere]
-            nothing = torch.zeros_like(gate)
-            columns = [
-                torch.where(finite, gate, torch.nan),
-                nothing if ratio is None else ratio,
-                vector.norm(dim=-1),
-                states.norm(dim=-1),
-                nothing if residual_norm is None else residual_norm,
-            ]
-            numbers = torch.stack(columns, dim=1)
-            if routing is not None:
-                numbers = torch.cat([numbers, routing], dim=1)
-            record.readings.append(_Reading(profile, [i for i, _, _ in asked], activations, numbers))
-
-
-_FORCED = {"auto": math.nan, "open": 1.0, "closed": 0.0}
+    device = model.get_input_embeddings().weight.device
+    by_layer: dict[int, list[SteeringProfile]] = {}
+    for profile in profiles:
+        profile.check_model(model)
+        by_layer.setdefault(profile.layer, []).append(profile.to(device))
+    return [Site(layer, found, num_slots, model) for layer, found in sorted(by_layer.items())]

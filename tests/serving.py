@@ -76,7 +76,11 @@ async def serving(artifacts: Artifacts, names: tuple[str, ...] = ("safety",), **
         config.model,
         config.profiles,
         max_num_seqs=config.max_num_seqs,
+        max_model_len=config.max_model_len,
+        max_batched_tokens=config.max_batched_tokens,
         max_waiting=config.max_waiting,
+        kv_cache_bytes=config.kv_cache_memory,
+        prefix_cache_bytes=config.prefix_cache_memory,
         num_threads=1,
         observer=metrics,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from transformers import (
 )
 
 from steering.architecture import config_sha256, decoder_layers, weight_probe
-from steering.experts import MixtureOfSteeringExperts
+from steering.experts import ConstantVector, MixtureOfSteeringExperts
 from steering.gate import QuantileGate
 from steering.manifest import ExpertsManifest, GateManifest, ModelReference, ProfileManifest
 from steering.profile import SteeringProfile
@@ -158,8 +159,18 @@ def tiny_profile(
     return SteeringProfile(manifest, gate, experts, weight_probe(model))
 
 
+def constant_profile(model: PreTrainedModel, layer: int = 1, **options) -> SteeringProfile:
+    """As `tiny_profile`, but with one and the same vector for every prompt."""
+    profile = tiny_profile(model, layer, **options)
+    experts = profile.experts
+    vector = ConstantVector(experts.shift_scale * experts.prototypes[0])
+    manifest = replace(profile.manifest, method="caa", experts=ExpertsManifest("constant"))
+    return replace(profile, manifest=manifest, experts=vector)
+
+
 @torch.no_grad()
 def _states(model: PreTrainedModel, layer: int, generator: torch.Generator) -> torch.Tensor:
     """The residual stream at the site after 96 random prompts of 3 tokens: (96, d)."""
-    prompts = torch.randint(1, 120, (96, 3), generator=generator)
-    return model(input_ids=prompts, output_hidden_states=True, use_cache=False).hidden_states[layer + 1][:, -1].clone()
+    prompts = torch.randint(1, 120, (96, 3), generator=generator).to(model.device)
+    states = model(input_ids=prompts, output_hidden_states=True, use_cache=False).hidden_states[layer + 1][:, -1]
+    return states.clone().float().cpu()

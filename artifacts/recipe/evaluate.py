@@ -15,17 +15,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import track
 from scipy.stats import binomtest
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from artifacts.recipe.corpus import is_short, load_pools, read_queries, split_harmful_val
 from artifacts.recipe.judge import help_topics, is_fluent, is_refusal, refusal_kinds
 from artifacts.recipe.subjects import read_subject
+from server.engine.base import GenerationRequest, SamplingOptions
+from server.engine.native.build import EngineOptions, build_core
+from server.engine.native.core import EngineCore, Result
+from server.engine.native.load import load_model, make_decoder
+from steering.architecture import text_config
 from steering.decision import ProfileActivation, SteeringOptions
-from steering.intervention import Intervention, Query, StepPlan
 from steering.profile import SteeringProfile
 
 SAFE_WORDS = Path(__file__).parent / "safe_words_heldout.jsonl"
@@ -51,83 +54,45 @@ class Answer:
         return is_fluent(self.text, self.finished)
 
 
-@torch.inference_mode()
+def load_core(folder: Path, profiles: Sequence[SteeringProfile]) -> tuple[EngineCore, PreTrainedTokenizerBase]:
+    """The native engine's core for a checkpoint in float32 on the CPU, with all the profiles, and the tokenizer."""
+    model = load_model(str(folder), dtype="float32", device="cpu")
+    options = EngineOptions(max_num_seqs=BATCH, max_model_len=text_config(model).max_position_embeddings)
+    return build_core(make_decoder(model), model, profiles, options)[0], AutoTokenizer.from_pretrained(folder)
+
+
 def answer_all(
-    model: PreTrainedModel,
+    core: EngineCore,
     tokenizer: PreTrainedTokenizerBase,
     queries: Sequence[str],
     profile: SteeringProfile | None,
     strength: float = 0.0,
 ) -> list[Answer]:
-    """Greedy answers to `queries`, left-padded batches of similar length, steered by `profile` in one pass."""
-    prompts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": q}], add_generation_prompt=True, return_dict=False)
-        for q in queries
-    ]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers: list[Answer | None] = [None] * len(prompts)
-    profiles = [profile] if profile else []
-    intervention = Intervention(model, profiles, num_slots=BATCH)
-    with intervention.attached():
-        for start in range(0, len(order), BATCH):
-            rows = order[start : start + BATCH]
-            for row, answer in zip(
-                rows,
-                _answer(model, tokenizer, [prompts[i] for i in rows], intervention, profile, strength),
-                strict=True,
-            ):
-                answers[row] = answer
-    return answers
-
-
-def _answer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
-    intervention: Intervention,
-    profile: SteeringProfile | None,
-    strength: float,
-) -> list[Answer]:
-    """One batch: prefill, then a token at a time until all have ended."""
-    length = max(map(len, prompts))
-    ids = torch.tensor([[tokenizer.pad_token_id] * (length - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts])
-    slots = torch.arange(1, len(prompts) + 1)
-    plan, decode_plan = StepPlan(), StepPlan()
+    """Greedy answers to `queries`, steered by `profile`, one of the core's. Raises what a request fails with."""
+    sampling = SamplingOptions(MAX_NEW_TOKENS, temperature=0.0, stop_token_ids=frozenset({tokenizer.eos_token_id}))
+    steering = SteeringOptions()
     if profile:
-        row_slots = torch.tensor([intervention.prompt_row(s) for s in slots.tolist()])[:, None].repeat(1, length)
-        row_slots[:, -1] = slots
         activation = ProfileActivation(profile.name, strength, positions=profile.manifest.positions)
-        options = SteeringOptions((activation,))
-        queries = tuple(Query(i * length + length - 1, i + 1, options) for i in range(len(prompts)))
-        plan, decode_plan = StepPlan(queries, row_slots.flatten()), StepPlan((), slots)
-    with intervention.step(plan) as record:
-        out = model(
-            input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), logits_to_keep=1
-        )
-    fired = [d.profiles[0].fired for d in record.decisions()] if profile else [False] * len(prompts)
-    texts: list[list[int]] = [[] for _ in prompts]
-    ended = torch.zeros(len(prompts), dtype=torch.bool)
-    for step in range(MAX_NEW_TOKENS):
-        token = out.logits[:, -1].argmax(-1)
-        for i, t in enumerate(token.tolist()):
-            if not ended[i]:
-                texts[i].append(t)
-        ended |= token == tokenizer.eos_token_id
-        if ended.all() or step == MAX_NEW_TOKENS - 1:
-            break
-        mask = torch.cat([mask, torch.ones(len(prompts), 1, dtype=mask.dtype)], 1)
-        with intervention.step(decode_plan):
-            out = model(
-                input_ids=token[:, None],
-                attention_mask=mask,
-                position_ids=mask.sum(1, keepdim=True) - 1,
-                past_key_values=out.past_key_values,
-            )
-    return [
-        Answer(tuple(t), tokenizer.decode(t, skip_special_tokens=True).strip(), bool(e), f)
-        for t, e, f in zip(texts, ended.tolist(), fired, strict=True)
-    ]
+        steering = SteeringOptions((activation,))
+    requests = []
+    for number, query in enumerate(queries):
+        chat = [{"role": "user", "content": query}]
+        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        requests.append(GenerationRequest(str(number), tuple(prompt), sampling, steering))
+    return [_answer(tokenizer, results) for results in core.run(requests).values()]
+
+
+def _answer(tokenizer: PreTrainedTokenizerBase, results: Sequence[Result]) -> Answer:
+    """The answer that a request's events spell."""
+    events = []
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+        events.append(result)
+    ids = tuple(event.token_id for event in events)
+    text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+    fired = any(profile.fired for profile in events[0].decision.profiles)
+    return Answer(ids, text, events[-1].finish_reason == "stop", fired)
 
 
 @dataclass(frozen=True)
@@ -196,7 +161,7 @@ def measure(
 
 
 def choose_strength(
-    model: PreTrainedModel,
+    core: EngineCore,
     tokenizer: PreTrainedTokenizerBase,
     profile: SteeringProfile,
     data: Path,
@@ -209,8 +174,8 @@ def choose_strength(
     borderline = rng.sample([p.query for p in dev if p.side == "borderline"], 150)
     sweep = []
     for strength in track(strengths, description=f"strength of {profile.manifest.method}"):
-        refused = [a.refused and a.fluent for a in answer_all(model, tokenizer, harmful, profile, strength)]
-        helped = [not a.refused and a.fluent for a in answer_all(model, tokenizer, borderline, profile, strength)]
+        refused = [a.refused and a.fluent for a in answer_all(core, tokenizer, harmful, profile, strength)]
+        helped = [not a.refused and a.fluent for a in answer_all(core, tokenizer, borderline, profile, strength)]
         shares = sum(refused) / len(refused), sum(helped) / len(helped)
         error = math.sqrt(shares[0] * (1 - shares[0]) / len(refused) + shares[1] * (1 - shares[1]) / len(helped))
         sweep.append(
@@ -259,22 +224,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write table.md and sweeps.json here")
     parser.add_argument("--show", type=int, default=0, help="print so many answers of each set")
     options = parser.parse_args()
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    profiles = [SteeringProfile.load(path) for path in options.profile]
+    core, tokenizer = load_core(options.model, profiles)
     sets = evaluation_sets(options.data)
     if options.limit:
         sets = {k: v if len(v) <= options.limit else random.Random(0).sample(v, options.limit) for k, v in sets.items()}
     console = Console()
-    plain = {k: answer_all(model, tokenizer, v, None) for k, v in track(sets.items(), description="plain")}
+    plain = {k: answer_all(core, tokenizer, v, None) for k, v in track(sets.items(), description="plain")}
     rows, sweeps = [measure("plain", 0.0, sets, plain, None)], {}
-    for path in options.profile:
-        profile = SteeringProfile.load(path)
+    for profile in profiles:
         strength = profile.manifest.strength
         if options.sweep:
-            strength, sweeps[profile.name] = choose_strength(model, tokenizer, profile, options.data, options.sweep)
+            strength, sweeps[profile.name] = choose_strength(core, tokenizer, profile, options.data, options.sweep)
             console.print_json(json.dumps(sweeps[profile.name]))
         answers = {
-            k: answer_all(model, tokenizer, v, profile, strength)
+            k: answer_all(core, tokenizer, v, profile, strength)
             for k, v in track(sets.items(), description=profile.name)
         }
         rows.append(measure(f"{profile.name}: {profile.manifest.method}", strength, sets, answers, plain))

@@ -15,6 +15,8 @@ from steering.decision import SteeringDecision, SteeringOptions
 from steering.manifest import ProfileManifest
 
 FinishReason = Literal["stop", "length"]
+# Layers up to the first steering site, cached by tokens alone, and those above it, cached by tokens and vector.
+PREFIX_CACHE_PARTS = ("lower", "upper")
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,10 @@ class TokenEvent:
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What the server must know of the model. `max_model_len` counts prompt and completion tokens together."""
+    """What the server must know of the model. `max_model_len` counts prompt and completion tokens together.
+
+    `kv_cache_bytes`, `prefix_cache_bytes`: the memory that running and finished prompts may take.
+    """
 
     engine: str
     model: str
@@ -90,15 +95,28 @@ class EngineInfo:
     num_layers: int
     dtype: str
     device: str
+    kv_cache_bytes: int = 0
+    prefix_cache_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Gauges, read at any time from any thread. `kv_cache_usage` in [0, 1]."""
+    """Gauges and counters since start-up, read at any time from any thread.
 
-    num_running: int
-    num_waiting: int
-    kv_cache_usage: float
+    Attributes:
+        num_running, num_waiting: completions that hold a slot, and requests in the queue.
+        kv_cache_usage, prefix_cache_usage: shares in [0, 1] of the memory set apart for running and for finished prompts.
+        num_preemptions: sequences that had to go back to the queue.
+        prefix_cache_queries, prefix_cache_hits: prompt tokens looked up and found, for each `PREFIX_CACHE_PARTS`.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_cache_usage: float = 0.0
+    prefix_cache_usage: float = 0.0
+    num_preemptions: int = 0
+    prefix_cache_queries: tuple[int, int] = (0, 0)
+    prefix_cache_hits: tuple[int, int] = (0, 0)
 
 
 class EngineObserver(Protocol):

@@ -6,11 +6,12 @@ Every series exists from start-up; label values come from configuration, never f
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily
 
-from server.engine.base import Engine, GenerationRequest
+from server.engine.base import PREFIX_CACHE_PARTS, Engine, GenerationRequest
 from server.steering_options import OVERRIDE_KINDS
 from steering.decision import REASON_PRECEDENCE, ProfileDecision, SteeringDecision
 from steering.manifest import ProfileManifest
@@ -19,6 +20,8 @@ PREFIX = "finesteer:"
 SOURCES = ("request", "header", "profile")
 FINISHED_REASONS = ("stop", "length", "abort", "error")
 SKIP_REASONS = tuple(reason for reason in REASON_PRECEDENCE if reason not in ("gate_open", "forced_open"))
+
+PART_TEXT = "lower: layers up to the first site, keyed by tokens; upper: those above, keyed by tokens and vector."
 
 # vLLM's buckets, so that its dashboards and alerts keep their meaning.
 FIRST_TOKEN_BUCKETS = (
@@ -65,10 +68,21 @@ class Metrics:
         gauges = (
             ("num_requests_running", "Completions that hold a row of the batch.", lambda: engine.stats().num_running),
             ("num_requests_waiting", "Requests in the queue.", lambda: engine.stats().num_waiting),
-            ("kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1.", lambda: engine.stats().kv_cache_usage),
+            ("kv_cache_usage_perc", "Share of the KV memory in use, 0 to 1.", lambda: engine.stats().kv_cache_usage),
+            (
+                "prefix_cache_usage_perc",
+                "Share of the prefix cache that holds something, 0 to 1.",
+                lambda: engine.stats().prefix_cache_usage,
+            ),
         )
         for name, text, read in gauges:
             self._gauge(name, text, labels).labels(**self._model).set_function(read)
+        for name, size in (
+            ("kv_cache_bytes", engine.info.kv_cache_bytes),
+            ("prefix_cache_bytes", engine.info.prefix_cache_bytes),
+        ):
+            self._gauge(name, "Memory set apart, in bytes.", labels).labels(**self._model).set(size)
+        self.registry.register(_EngineCounters(engine, self._model))
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens prefilled.", labels).labels(**self._model)
         self._generation_tokens = self._counter("generation_tokens", "Tokens delivered.", labels).labels(**self._model)
         success = self._counter("request_success", "Completions ended, by reason.", (*labels, "finished_reason"))
@@ -178,6 +192,32 @@ class Metrics:
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         metric = Histogram(PREFIX + name, text, tuple(self._model), buckets=buckets, registry=self.registry)
         return metric.labels(**self._model)
+
+
+class _EngineCounters:
+    """Counters that the engine keeps itself, read when they are asked for."""
+
+    def __init__(self, engine: Engine, model: Mapping[str, str]) -> None:
+        self._engine = engine
+        self._model = model
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """The families, for the registry."""
+        stats, labels = self._engine.stats(), list(self._model)
+        values = list(self._model.values())
+        preemptions = CounterMetricFamily(
+            PREFIX + "num_preemptions", "Sequences sent back to the queue for want of KV memory.", labels=labels
+        )
+        preemptions.add_metric(values, stats.num_preemptions)
+        yield preemptions
+        for name, text, counts in (
+            ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_cache_queries),
+            ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_cache_hits),
+        ):
+            family = CounterMetricFamily(PREFIX + name, text + " " + PART_TEXT, labels=[*labels, "layers"])
+            for part, count in zip(PREFIX_CACHE_PARTS, counts, strict=True):
+                family.add_metric([*values, part], count)
+            yield family
 
 
 class _ProfileFamilies:

@@ -114,14 +114,14 @@ async def test_cutting_a_whole_answer_frees_its_rows(served, path, body):
 
 async def test_cutting_before_the_first_byte_frees_the_queue(artifacts, monkeypatch):
     async with serving(artifacts, max_num_seqs=1) as served:
-        runner = served.engine._core.runner
-        step = runner.step
+        core = served.engine._core
+        step = core.step
 
-        def slow(batch):
+        def slow():
             time.sleep(0.01)  # on a busy machine the first answer must not end before the second request is cut
-            return step(batch)
+            return step()
 
-        monkeypatch.setattr(runner, "step", slow)
+        monkeypatch.setattr(core, "step", slow)
         first = Connection(served.app, "/v1/chat/completions", LONG | {"stream": True})
         queued = Connection(served.app, "/v1/chat/completions", LONG | {"stream": True})
         tasks = [asyncio.create_task(connection.run()) for connection in (first, queued)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import socket
 from dataclasses import replace
@@ -14,7 +13,7 @@ from typer.testing import CliRunner
 
 from server.cli import app
 from steering.experts import ConstantVector
-from steering.intervention import Intervention
+from steering.intervention import Dose, Site
 from steering.manifest import ExpertsManifest
 from steering.profile import SteeringProfile
 
@@ -94,23 +93,29 @@ def test_a_profile_that_changes_nothing(artifacts, tmp_path):
     assert "'mute' does not steer this model as it should: it changes nothing" in sentence
 
 
+def refused_steering(artifacts) -> str:
+    return refusal("--model", str(artifacts.model), "--profile", f"safety={artifacts.safety}")
+
+
 def test_steering_that_acts_at_strength_zero(artifacts, monkeypatch):
-    read = Intervention._read
+    """A site whose dose leaks: what adds nothing must add nothing."""
+    read = Site.read
 
-    def leak(self, site, flat, record):
-        read(self, site, flat, record)
-        site.table[1:] += 1.0
+    def leak(self, states, options):
+        readings = read(self, states, options)
+        return [replace(r, dose=r.dose or Dose.of(None, torch.ones_like(states[0]))) for r in readings]
 
-    monkeypatch.setattr(Intervention, "_read", leak)
-    sentence = refusal("--model", str(artifacts.model), "--profile", f"safety={artifacts.safety}")
-    assert "'safety' does not steer this model as it should: at strength 0 it changes answers" in sentence
+    monkeypatch.setattr(Site, "read", leak)
+    assert "'safety' does not steer this model as it should: at strength 0 it changes answers" in refused_steering(
+        artifacts
+    )
 
 
-def test_a_model_that_escapes_its_hooks(artifacts, monkeypatch):
-    """Steering that did not attach must not serve: the start-up check runs real steps."""
-    monkeypatch.setattr(Intervention, "attached", lambda self: contextlib.nullcontext())
-    sentence = refusal("--model", str(artifacts.model), "--profile", f"safety={artifacts.safety}")
-    assert "'safety' does not steer this model" in sentence
+def test_a_vector_that_never_arrives(artifacts, monkeypatch):
+    """Steering that is not applied must not serve: the start-up check runs real steps."""
+    monkeypatch.setattr(Dose, "add", lambda self, states, start, num_prompt_tokens: states)
+    monkeypatch.setattr(Site, "hold", lambda self, slot, dose: None)
+    assert "'safety' does not steer this model as it should: it changes nothing" in refused_steering(artifacts)
 
 
 def test_a_model_without_a_tokenizer(artifacts, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 
 import pytest
 
@@ -15,9 +16,11 @@ from server.engine.base import (
     PromptTooLongError,
     SamplingOptions,
 )
+from server.engine.native.build import EngineOptions
 from server.engine.native.engine import NativeEngine
 from steering.decision import ProfileActivation, SteeringOptions
-from tests.tiny import tiny_model, tiny_profile
+from tests.engine import block_bytes, reference_model, tiny_decoder
+from tests.tiny import tiny_profile
 
 STEERED = SteeringOptions((ProfileActivation("p", 3.0, gate="open"),))
 
@@ -33,10 +36,15 @@ class Observer:
 
 
 @contextlib.asynccontextmanager
-async def running(**options):
-    model = tiny_model("llama")
-    options = {"max_num_seqs": 4, "max_model_len": 64} | options
-    engine = NativeEngine(model, [tiny_profile(model, 1, name="p", strength=3.0)], **options)
+async def running(*, observer=None, **options):
+    model = reference_model()
+    engine = NativeEngine(
+        tiny_decoder(),
+        model,
+        [tiny_profile(model, 1, name="p", strength=3.0)],
+        EngineOptions(**{"max_num_seqs": 4, "max_model_len": 64} | options),
+        observer=observer,
+    )
     await engine.start()
     try:
         yield engine
@@ -44,10 +52,26 @@ async def running(**options):
         await engine.stop()
 
 
-def request(name, prompt=(5, 6, 7), *, steering=STEERED, n=1, **sampling):
-    return GenerationRequest(
-        name, tuple(prompt), SamplingOptions(**{"max_tokens": 6, "temperature": 0.0} | sampling), steering, n
-    )
+def slowed(monkeypatch, engine):
+    """Each step takes 10 ms more, so that on a busy machine, too, nothing ends before a test has looked at it."""
+    step = engine._core.step
+
+    def slow():
+        time.sleep(0.01)
+        return step()
+
+    monkeypatch.setattr(engine._core, "step", slow)
+
+
+async def until(condition):
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+def request(name, prompt=(5, 6, 7), *, steering=STEERED, n=1, priority=0, **sampling):
+    options = SamplingOptions(**{"max_tokens": 6, "temperature": 0.0} | sampling)
+    return GenerationRequest(name, tuple(prompt), options, steering, n, priority)
 
 
 async def collect(engine, asked):
@@ -141,6 +165,64 @@ async def test_impossible_requests_are_refused_by_name():
             await collect(engine, request("p", steering=unknown))
 
 
+async def test_completions_that_memory_can_never_hold_are_refused_by_name():
+    blocks = 3
+    async with running(kv_cache_bytes=blocks * block_bytes(tiny_decoder(), steered=True)) as engine:
+        assert engine.info.kv_cache_bytes == blocks * block_bytes(tiny_decoder(), steered=True)
+        prompt = range(5, 45)  # two blocks each
+        with pytest.raises(GenerationError, match="2 completions of 40 prompt tokens") as refusal:
+            await collect(engine, request("two", prompt, n=2))
+        assert refusal.value.code == "n_too_large"
+        assert len(await collect(engine, request("one", prompt))) == 6
+        assert len(await collect(engine, request("short", n=3))) == 18
+
+
+async def test_a_lower_priority_number_overtakes_the_queue(monkeypatch):
+    async with running(max_num_seqs=1) as engine:
+        slowed(monkeypatch, engine)
+        ended = []
+
+        async def run(name, priority):
+            await collect(engine, request(name, priority=priority))
+            ended.append(name)
+
+        tasks = [asyncio.create_task(run("running", 0))]
+        await until(lambda: engine.stats().num_running == 1)
+        tasks += [asyncio.create_task(run(*ask)) for ask in (("a", 0), ("late", 1), ("b", 0), ("urgent", -1))]
+        await until(lambda: engine.stats().num_waiting == 4)
+        await asyncio.gather(*tasks)
+        assert ended == ["running", "urgent", "a", "b", "late"]
+
+
+async def test_leaving_in_mid_prefill_frees_everything(monkeypatch):
+    observer = Observer()
+    options = {"max_model_len": 512, "max_batched_tokens": 16, "prefix_cache_bytes": 0}
+    async with running(observer=observer, **options) as engine:
+        wanted = [e.token_id for e in await collect(engine, request("w", range(5, 100)))]
+        slowed(monkeypatch, engine)
+        steps = engine._core.step
+        taken = []
+        monkeypatch.setattr(engine._core, "step", lambda: taken.append(1) or steps())
+        leaving = asyncio.create_task(collect(engine, request("long", [7] * 480, n=2)))  # 30 steps of prefill
+        await until(lambda: len(taken) >= 3)
+        assert engine.stats().num_running == 2 and engine.stats().kv_cache_usage > 0.4
+        leaving.cancel()
+        stats = await until_idle(engine)
+        assert stats.kv_cache_usage == 0 and len(taken) < 20
+        assert len(observer.decisions) == 1  # the long one never came to its end
+        assert [e.token_id for e in await collect(engine, request("w", range(5, 100)))] == wanted
+
+
+async def test_a_prompt_that_is_asked_again_is_found_in_the_cache():
+    async with running() as engine:
+        first = await collect(engine, request("a", range(5, 55)))
+        assert engine.stats().prefix_cache_hits == (0, 0) and engine.stats().prefix_cache_usage > 0
+        second = await collect(engine, request("b", range(5, 55)))
+        assert [e.token_id for e in second] == [e.token_id for e in first]
+        stats = engine.stats()
+        assert stats.prefix_cache_queries == (100, 100) and stats.prefix_cache_hits[0] == 32
+
+
 async def test_stopping_ends_what_runs_and_takes_no_more():
     async with running() as engine:
         task = asyncio.create_task(collect(engine, request("a", max_tokens=55)))
@@ -155,10 +237,10 @@ async def test_stopping_ends_what_runs_and_takes_no_more():
 async def test_an_engine_that_fails_says_so_to_everyone(monkeypatch):
     async with running() as engine:
 
-        def fail(batch):
+        def fail(sequences):
             raise RuntimeError("out of memory")
 
-        monkeypatch.setattr(engine._core.runner, "step", fail)
+        monkeypatch.setattr(engine._core.runner, "decode", fail)
         with pytest.raises(EngineDeadError, match="out of memory"):
             await collect(engine, request("a"))
         assert "out of memory" in engine.failure

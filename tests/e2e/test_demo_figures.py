@@ -14,10 +14,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from artifacts.recipe.evaluate import answer_all, evaluation_sets
+from artifacts.recipe.evaluate import answer_all, evaluation_sets, load_core
 from steering.profile import SteeringProfile
 from tests.serving import process
 
@@ -43,16 +41,16 @@ def sets():
 @pytest.fixture(scope="module")
 def answers(sets):
     """(profile or "plain", set) → greedy answers, at the profiles' own strengths."""
-    model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    profiles = {name: SteeringProfile.load(PROFILES / name) for name in ("safety", "caa", "refusal_vector")}
+    core, tokenizer = load_core(DEMO, list(profiles.values()))
     found = {}
-    for name in ("plain", "safety", "caa", "refusal_vector"):
-        profile = None if name == "plain" else SteeringProfile.load(PROFILES / name)
+    for name in ("plain", *profiles):
+        profile = profiles.get(name)
         strength = profile.manifest.strength if profile else 0.0
         for key, queries in sets.items():
             if key in ("benign", "harmful words") and name not in ("plain", "safety"):
                 continue
-            found[name, key] = answer_all(model, tokenizer, queries, profile, strength)
+            found[name, key] = answer_all(core, tokenizer, queries, profile, strength)
     return found
 
 

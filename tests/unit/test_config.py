@@ -141,3 +141,17 @@ def test_help_needs_no_torch():
     )
     assert subprocess.run([sys.executable, "-c", probe], timeout=60).returncode == 0
     assert "serve" in run("--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("512MiB", 2**29), ("1.5GiB", 3 * 2**29), ("2g", 2**31), ("64 KB", 2**16), ("4096", 4096), ("0", 0)],
+)
+def test_memory_sizes(text, size):
+    assert configure(kv_cache_memory=text, prefix_cache_memory=text).kv_cache_memory == size
+
+
+@pytest.mark.parametrize("text", ["", "-1", "many", "1TiB", "1,5GiB", "nan"])
+def test_memory_sizes_that_are_none(text):
+    with pytest.raises(ConfigError, match=r"--kv-cache-memory .*must be a size such as 512MiB"):
+        configure(kv_cache_memory=text)

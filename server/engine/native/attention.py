@@ -1,171 +1,220 @@
-"""Attention over packed rows, registered in transformers' attention interface: every decoder family runs on it.
+"""Attention of packed rows against the KV cache. A step says which row is whose; every decoder calls `step.attend`.
 
-A step's rows lie in one packed sequence, (1, T, d): first one row for each decoding sequence, then whole prompts. Keys
-and values go to a `KVCache`; decode rows attend to their cache row, all at once; each prompt attends causally to itself.
+A pass holds either one row of each decoding sequence (`DecodeStep`) or chunks of prompts (`PrefillStep`), never both: so a
+decoding row's numbers do not depend on which prompts arrive beside it.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from torch import Tensor
 
-ATTENTION = "finesteer"
-
-
-class KVCache:
-    """Keys and values of all layers, one row of `max_len` positions for each sequence, allocated at a layer's first use.
-
-    Shapes: per layer and for K and V each, (num_slots, KV heads, max_len, head_dim). Zero-filled, because a masked
-    position still enters the kernel's sums: NaN left there would spread.
-    """
-
-    def __init__(self, num_slots: int, max_len: int) -> None:
-        self.num_slots = num_slots
-        self.max_len = max_len
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def write(
-        self, layer: int, slots: Tensor, positions: Tensor, keys: Tensor, values: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Store (KV heads, T, head_dim) keys and values at `slots`, `positions` (T,); returns the layer's whole K and V."""
-        if layer not in self._layers:
-            self._layers[layer] = tuple(
-                x.new_zeros(self.num_slots, x.shape[0], self.max_len, x.shape[-1]) for x in (keys, values)
-            )
-        k, v = self._layers[layer]
-        k[slots, :, positions] = keys.transpose(0, 1)  # (T, KV heads, head_dim)
-        v[slots, :, positions] = values.transpose(0, 1)
-        return k, v
-
-    def copy_slot(self, source: int, targets: list[int], length: int) -> None:
-        """Copy the first `length` positions of one sequence to others: completions of one prompt share its prefill."""
-        for pair in self._layers.values():
-            for pool in pair:
-                pool[targets, :, :length] = pool[source, :, :length].clone()
-
-    def scrub(self, slot: int) -> None:
-        """Zero a row that held non-finite numbers, before another sequence gets it."""
-        for pair in self._layers.values():
-            for pool in pair:
-                pool[slot] = 0
+from server.engine.native.kv_cache import KVCache
+from server.engine.native.paged_attention import attend_pages
 
 
 @dataclass(frozen=True)
-class AttentionStep:
-    """Which packed row is whose.
+class Scores:
+    """How a layer turns queries and keys into weights: the scale, and the window and soft cap that some families have."""
 
-    Attributes:
-        cache: where keys and values live.
-        slots, positions: (T,) int64, each row's sequence and its position there.
-        decode_slots: (D,) int64, the first D rows' slots, ascending, and `decode_lengths`: (D,), keys they see, their own included.
-        prefills: (start, end) packed rows of each prompt.
-        first_slot, last_slot, max_length: the block of the cache that holds all decoding sequences (host numbers).
-    """
+    scaling: float
+    sliding_window: int | None = None
+    softcap: float | None = None
+
+
+class AttentionStep(ABC):
+    """One pass's rows. `slots`, `positions`: (T,) int64 on the device."""
 
     cache: KVCache
     slots: Tensor
     positions: Tensor
-    decode_slots: Tensor
-    decode_lengths: Tensor
-    prefills: tuple[tuple[int, int], ...]
-    first_slot: int = 0
-    last_slot: int = 0
-    max_length: int = 0
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+        """Store (T, KV heads, ·) keys and values, attend with (T, heads, ·) queries; returns (T, heads, ·)."""
+        self.cache.write(self.cache.keys[layer], self.slots, self.positions, key)
+        self.cache.write(self.cache.values[layer], self.slots, self.positions, value)
+        if self.cache.flash and scores.softcap is None:
+            return attend_pages(
+                query,
+                self.cache.keys[layer],
+                self.cache.values[layer],
+                *self.pages,
+                scaling=scores.scaling,
+                sliding_window=scores.sliding_window,
+            )
+        return self._attend(layer, query, key, value, scores)
+
+    @property
+    @abstractmethod
+    def pages(self) -> tuple[Tensor, int, Tensor, Tensor]:
+        """For `attend_pages`: where each sequence's rows start, the most rows of one, the sequences' lengths, their pages."""
+
+    @abstractmethod
+    def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor: ...
 
 
-def packed_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float,
-    step: AttentionStep,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **_: object,
-) -> tuple[Tensor, None]:
-    """Transformers' attention-function contract: query (1, H, T, head_dim), key and value (1, KV, T, ·) → (1, T, H, ·)."""
-    query, key, value = query[0], key[0], value[0]
-    keys, values = step.cache.write(module.layer_idx, step.slots, step.positions, key, value)
-    num_decode = len(step.decode_slots)
-    parts = []
-    if num_decode:
-        parts.append(_decode(query[:, :num_decode], keys, values, step, scaling, sliding_window, softcap))
-    for start, end in step.prefills:
-        rows = slice(start, end)
-        parts.append(_prefill(query[:, rows], key[:, rows], value[:, rows], scaling, sliding_window, softcap))
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(0), None
+@dataclass(frozen=True)
+class Span:
+    """Packed rows from `row` on hold a slot's positions from `start` to `stop`."""
+
+    row: int
+    slot: int
+    start: int
+    stop: int
 
 
-def _decode(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    step: AttentionStep,
-    scaling: float,
-    sliding_window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    """One token each: (H, D, head_dim) queries against the block of the cache that holds their rows; → (D, H, ·).
+class PrefillStep(AttentionStep):
+    """Chunks of prompts, each attending causally to its slot's earlier positions and to itself."""
 
-    The query heads that share a KV head are folded into the query axis, so no key is repeated. Rows of the block that
-    do not decode now get a zero query and are thrown away.
-    """
-    k = keys[step.first_slot : step.last_slot + 1, :, : step.max_length]  # (B, KV, L, hd)
-    v = values[step.first_slot : step.last_slot + 1, :, : step.max_length]
-    heads, num_decode, head_dim = query.shape
-    rows = step.decode_slots - step.first_slot
-    grouped = query.new_zeros(k.shape[0], k.shape[1], heads // k.shape[1], head_dim)
-    grouped[rows] = query.transpose(0, 1).reshape(num_decode, k.shape[1], -1, head_dim)
-    lengths = rows.new_ones(k.shape[0])
-    lengths[rows] = step.decode_lengths
-    index = torch.arange(step.max_length, device=query.device)
-    mask = index < lengths[:, None]
-    if sliding_window is not None:
-        mask &= index >= lengths[:, None] - sliding_window
-    out = _attend(grouped, k, v, mask[:, None, None, :], scaling, softcap)
-    return out[rows].reshape(num_decode, heads, -1)
+    def __init__(self, cache: KVCache, spans: Sequence[Span]) -> None:
+        self.cache = cache
+        self._spans = spans
+        positions = [p for span in spans for p in range(span.start, span.stop)]
+        slots = [span.slot for span in spans for _ in range(span.start, span.stop)]
+        self.positions = torch.tensor(positions, device=cache.device)
+        self.slots = torch.tensor(slots, device=cache.device)
+
+    @cached_property
+    def pages(self) -> tuple[Tensor, int, Tensor, Tensor]:
+        spans, device = self._spans, self.cache.device
+        starts = torch.tensor([*(s.row for s in spans), len(self.slots)], dtype=torch.int32, device=device)
+        lengths = torch.tensor([s.stop for s in spans], dtype=torch.int32, device=device)
+        return starts, max(s.stop - s.start for s in spans), lengths, self.cache.table[[s.slot for s in spans]]
+
+    def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+        parts = []
+        for span in self._spans:
+            mine = slice(span.row, span.row + span.stop - span.start)
+            if span.start == 0:
+                keys, values = key[mine].transpose(0, 1), value[mine].transpose(0, 1)
+            else:
+                keys = self.cache.read(self.cache.keys[layer], span.slot, span.stop)
+                values = self.cache.read(self.cache.values[layer], span.slot, span.stop)
+            parts.append(_causal(query[mine].transpose(0, 1), keys, values, scores))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _prefill(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, sliding_window: int | None, softcap: float | None
-) -> Tensor:
-    """A whole prompt, causal: (H, S, head_dim) against its own (KV, S, ·) keys and values; → (S, H, ·)."""
-    group = query.shape[0] // key.shape[0]
-    key, value = (x.repeat_interleave(group, dim=0).unsqueeze(0) for x in (key, value))
-    length = query.shape[1]
-    if softcap is None and (sliding_window is None or length <= sliding_window):
-        out = F.scaled_dot_product_attention(query.unsqueeze(0), key, value, is_causal=True, scale=scaling)
+def _causal(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+    """The last S of L positions: (heads, S, ·) queries, (KV heads, L, ·) keys and values → (S, heads, ·)."""
+    length, total = query.shape[1], key.shape[1]
+    # A KV head is a batch item with its group of query heads, so expanding the keys copies nothing.
+    q = query.unflatten(0, (len(key), -1))  # (KV heads, group, S, ·)
+    k, v = (x[:, None].expand(-1, q.shape[1], -1, -1) for x in (key, value))
+    plain = scores.softcap is None and (scores.sliding_window is None or total <= scores.sliding_window)
+    if plain and length == total:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scores.scaling)
     else:
-        index = torch.arange(length, device=query.device)
-        mask = index <= index[:, None]
-        if sliding_window is not None:
-            mask &= index > index[:, None] - sliding_window
-        out = _attend(query.unsqueeze(0), key, value, mask, scaling, softcap)
-    return out[0].transpose(0, 1)
+        seen = torch.arange(total, device=query.device)
+        last = torch.arange(total - length, total, device=query.device)[:, None]
+        mask = seen <= last
+        if scores.sliding_window is not None:
+            mask &= seen > last - scores.sliding_window
+        out = _masked(q, k, v, _additive(mask, query.dtype), scores)
+    return out.flatten(0, 1).transpose(0, 1)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, softcap: float | None) -> Tensor:
-    """Masked attention; `mask` is True where a key is seen. Soft-capped scores (Gemma 2) have no fused kernel here."""
-    if softcap is None:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-    scores = softcap * torch.tanh(query @ key.transpose(-1, -2) * scaling / softcap)
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1, dtype=torch.float32)
-    return weights.to(query.dtype) @ value
+class DecodeStep(AttentionStep):
+    """One row each of D sequences, attending to its slot's `lengths` positions, its own included.
+
+    Args:
+        slots, lengths: D host numbers, slots ascending.
+    """
+
+    def __init__(self, cache: KVCache, slots: Sequence[int], lengths: Sequence[int]) -> None:
+        self.cache = cache
+        self.slots = torch.tensor(slots, device=cache.device)
+        self.lengths = torch.tensor(lengths, device=cache.device)
+        self._slots, self._longest = list(slots), max(lengths)
+        self._even = min(lengths) == self._longest
+        # Rows between the decoding ones, of slots that do not decode now: they get a zero query and are thrown away.
+        self._num_rows = slots[-1] - slots[0] + 1 if cache.spread else len(slots)
+        self._where = self.slots - slots[0] if self._num_rows != len(slots) else None
+        self._masks: dict[tuple[int | None, int], Tensor | None] = {}
+
+    @cached_property
+    def positions(self) -> Tensor:
+        return self.lengths - 1
+
+    def renewed(self) -> DecodeStep:
+        """The same step, sharing `slots` and `lengths`, with all that follows from them to be computed anew."""
+        step = copy(self)
+        for name in ("positions", "pages"):
+            step.__dict__.pop(name, None)
+        return step
+
+    @cached_property
+    def pages(self) -> tuple[Tensor, int, Tensor, Tensor]:
+        starts = torch.arange(len(self._slots) + 1, dtype=torch.int32, device=self.cache.device)
+        return starts, 1, self.lengths.int(), self.cache.table[self.slots]
+
+    def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+        k = self.cache.rows(self.cache.keys[layer], self._slots, self._longest)  # (B, KV heads, L, ·)
+        v = self.cache.rows(self.cache.values[layer], self._slots, self._longest)
+        num_rows, heads, head_dim = query.shape
+        kv_heads = k.shape[1]
+        # The query heads that share a KV head are folded into the query axis, so no key is repeated.
+        grouped = query.reshape(num_rows, kv_heads, heads // kv_heads, head_dim)
+        if self._where is not None:
+            grouped = query.new_zeros(self._num_rows, *grouped.shape[1:]).index_copy_(0, self._where, grouped)
+        mask = self._mask(scores.sliding_window, kv_heads, query.dtype)
+        out = _few_queries(grouped.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), mask, scores)
+        out = out.view(self._num_rows, heads, -1)
+        return out if self._where is None else out[self._where]
+
+    def _mask(self, sliding_window: int | None, kv_heads: int, dtype: torch.dtype) -> Tensor | None:
+        """What is added to the scores, (B · KV heads, 1, L); the same for all layers of one kind. None where all is seen."""
+        kind = sliding_window, kv_heads
+        if kind not in self._masks:
+            self._masks[kind] = self._new_mask(sliding_window, kv_heads, dtype)
+        return self._masks[kind]
+
+    def _new_mask(self, sliding_window: int | None, kv_heads: int, dtype: torch.dtype) -> Tensor | None:
+        windowed = sliding_window is not None and sliding_window < self._longest
+        if self._even and self._where is None and not windowed:
+            return None
+        lengths = self.lengths
+        if self._where is not None:
+            lengths = lengths.new_ones(self._num_rows).index_copy_(0, self._where, lengths)
+        index = torch.arange(self._longest, device=lengths.device)
+        mask = index < lengths[:, None]
+        if windowed:
+            mask &= index >= lengths[:, None] - sliding_window
+        return _additive(mask, dtype).repeat_interleave(kv_heads, dim=0)[:, None]
 
 
-def register() -> None:
-    """Make `ATTENTION` known to transformers. It makes its own masks, so the models are told to make none. Idempotent."""
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, packed_attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, _no_mask)
+def _few_queries(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
+    """Attention of a few queries each: (N, Q, ·) against (N, L, ·) keys and values under (N, 1, L) `mask`; → (N, Q, ·).
+
+    Two batched products and a softmax: on a CPU up to twice as fast as the fused kernel, which is made for many queries.
+    """
+    if key.dtype != torch.float32 and key.device.type == "cpu" and len(key) > 1:
+        key = key.contiguous()  # oneDNN's batched product takes a dense one; the copy costs less than the other way
+    key = key.transpose(1, 2)
+    if scores.softcap is not None:
+        raw = scores.softcap * torch.tanh(torch.bmm(query, key) * (scores.scaling / scores.softcap))
+        raw = raw if mask is None else raw + mask
+    elif mask is None:
+        raw = torch.bmm(query * scores.scaling, key)
+    else:
+        raw = torch.baddbmm(mask, query, key, alpha=scores.scaling)
+    return torch.bmm(torch.softmax(raw, dim=-1), value)
 
 
-def _no_mask(*_: object, **__: object) -> None:
-    return None
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where `mask` is True, minus infinity elsewhere."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+
+
+def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scores: Scores) -> Tensor:
+    """Attention of many queries with `mask` added to the scores. Soft-capped scores (Gemma 2) have no fused kernel here."""
+    if scores.softcap is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scores.scaling)
+    raw = scores.softcap * torch.tanh(query @ key.transpose(-1, -2) * (scores.scaling / scores.softcap)) + mask
+    return raw.softmax(dim=-1, dtype=torch.float32).to(query.dtype) @ value

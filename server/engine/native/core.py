@@ -1,11 +1,16 @@
-"""One step of the generation loop: schedule, run, decide, append. Synchronous; the engine puts a thread around it."""
+"""The generation loop: admit, prefill chunks, decide, decode, append. Synchronous; the engine puts a thread around it."""
 
 from __future__ import annotations
 
-from server.engine.base import EngineObserver, EngineStats, GenerationError, TokenEvent
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+
+import torch
+
+from server.engine.base import EngineObserver, EngineStats, GenerationError, GenerationRequest, TokenEvent
 from server.engine.native.runner import Runner
 from server.engine.native.sampler import Sampled
-from server.engine.native.scheduler import Scheduler
+from server.engine.native.scheduler import Limits, Scheduler
 from server.engine.native.sequence import Phase, Sequence, SequenceGroup
 from steering.decision import SteeringDecision
 
@@ -22,10 +27,10 @@ class EngineCore:
     """
 
     def __init__(
-        self, runner: Runner, scheduler: Scheduler, max_model_len: int, observer: EngineObserver | None = None
+        self, runner: Runner, limits: Limits, max_model_len: int, observer: EngineObserver | None = None
     ) -> None:
         self.runner = runner
-        self.scheduler = scheduler
+        self.scheduler = Scheduler(limits, runner.cache.reserve, runner.cache.release)
         self.max_model_len = max_model_len
         self._observer = observer
         self._results: Results = []
@@ -39,66 +44,95 @@ class EngineCore:
         self.scheduler.add(group)
 
     def abort(self, group: SequenceGroup) -> None:
-        """Drop a request at whatever stage; its rows are free at once."""
+        """Drop a request at whatever stage; its slots are free at once."""
         self.scheduler.abort(group)
 
+    @torch.inference_mode()
     def step(self) -> Results:
-        """One forward pass: newcomers get their decision, everyone running gets a token. Returns what to tell whom."""
-        result = self.runner.step(self.scheduler.schedule())
-        for group, decision in result.decisions:
-            self._decide(group, decision)
-        for sequence, sampled in result.sampled:
-            if sequence.phase is not Phase.FINISHED:
-                self._append(sequence, sampled)
-        self.scheduler.collect()
+        """Chunks of prompts, and one token for everyone who is generating. Returns what to tell whom."""
+        decoding = self.scheduler.decoding()
+        for sequence in self.scheduler.admit():
+            self.runner.enter(sequence, 0)
+        for segment in range(len(self.runner.segments)):
+            chunks = self.scheduler.chunks(segment)
+            if chunks:
+                prefilled = self.runner.prefill(segment, chunks)
+                for group in prefilled.decided:
+                    self._decide(group)
+                self._append(prefilled.sampled)
+        if decoding := [s for s in decoding if s.phase is Phase.DECODE]:  # a failed prefill ends its siblings
+            self._append(self.runner.decode(decoding))
         results, self._results = self._results, []
         return results
 
+    def run(
+        self, requests: Seq[GenerationRequest], on_result: Callable[[Result], None] = lambda _: None
+    ) -> dict[str, list[Result]]:
+        """Carry requests out to their ends, without a thread: each one's events in order, by request id.
+
+        `on_result` is called with each as it comes.
+        """
+        found: dict[str, list[Result]] = {request.request_id: [] for request in requests}
+        waiting = [SequenceGroup.of(request, lambda _: None) for request in reversed(requests)]
+        while waiting or self.has_work:
+            while waiting and self.scheduler.num_waiting < self.scheduler.limits.max_waiting:
+                self.add(waiting.pop())
+            for group, result in self.step():
+                found[group.request.request_id].append(result)
+                on_result(result)
+        return found
+
     def stats(self) -> EngineStats:
-        """Gauges of this moment."""
-        capacity = self.scheduler.max_num_seqs * self.max_model_len
+        """Gauges and counters of this moment."""
+        cached = self.runner.prefix_cache
         return EngineStats(
-            self.scheduler.num_running, self.scheduler.num_waiting, self.scheduler.num_running_tokens / capacity
+            num_running=self.scheduler.num_running,
+            num_waiting=self.scheduler.num_waiting,
+            kv_cache_usage=self.scheduler.kv_usage,
+            num_preemptions=self.scheduler.num_preemptions,
+            prefix_cache_usage=cached.usage,
+            prefix_cache_queries=(cached.stats.lower_queries, cached.stats.upper_queries),
+            prefix_cache_hits=(cached.stats.lower_hits, cached.stats.upper_hits),
         )
 
-    def _decide(self, group: SequenceGroup, decision: SteeringDecision) -> None:
-        """Take note of what steering did to a prompt that was just prefilled."""
+    def _decide(self, group: SequenceGroup) -> None:
+        """Take note of what steering decided for a prompt."""
         if group.score_only:
-            self._results.append((group, decision))
+            self._results.append((group, group.decision))
             self.scheduler.abort(group)
             return
         if self._observer is not None:
-            self._observer.decided(decision)
-        refusal = _unsafe(decision, group)
+            self._observer.decided(group.decision)
+        refusal = _unsafe(group)
         if refusal is not None:
             self._fail(group, refusal)
-            return
-        group.decision = decision
-        for sequence in group.sequences:
-            sequence.steered = decision.applied
-            sequence.phase = Phase.DECODE
 
-    def _append(self, sequence: Sequence, sampled: Sampled) -> None:
-        """Give a sequence its token, and end it if that was its last."""
-        group = sequence.group
-        if not sampled.finite:
-            self._fail(group, GenerationError("the model produced NaN or infinite logits", "non_finite_logits"))
-            return
-        options = sequence.request.sampling
-        sequence.token_ids.append(sampled.token_id)
-        full = len(sequence.token_ids) >= self.max_model_len
-        if sampled.token_id in options.stop_token_ids:
-            sequence.finish_reason = "stop"
-        elif full or sequence.num_completion_tokens >= options.max_tokens:
-            sequence.finish_reason = "length"
-        event = TokenEvent(sequence.index, sampled.token_id, sequence.finish_reason, sampled.logprobs, group.decision)
-        group.decision = None  # said once, on the first event
-        self._results.append((group, event))
-        if sequence.finish_reason is not None:
-            self.scheduler.finish(sequence)
+    def _append(self, tokens: list[tuple[Sequence, Sampled]]) -> None:
+        """Give sequences their tokens, and end those whose last it was."""
+        for sequence, sampled in tokens:
+            if sequence.phase is Phase.FINISHED:
+                continue
+            sequence.phase = Phase.DECODE
+            group = sequence.group
+            if not sampled.finite:
+                self._fail(group, GenerationError("the model produced NaN or infinite logits", "non_finite_logits"))
+                continue
+            options = sequence.request.sampling
+            sequence.token_ids.append(sampled.token_id)
+            full = len(sequence.token_ids) >= self.max_model_len
+            if sampled.token_id in options.stop_token_ids:
+                sequence.finish_reason = "stop"
+            elif full or sequence.num_completion_tokens >= options.max_tokens:
+                sequence.finish_reason = "length"
+            decision = None if group.announced else group.decision  # said once, on the first event
+            group.announced = True
+            event = TokenEvent(sequence.index, sampled.token_id, sequence.finish_reason, sampled.logprobs, decision)
+            self._results.append((group, event))
+            if sequence.finish_reason is not None:
+                self.scheduler.finish(sequence)
 
     def _fail(self, group: SequenceGroup, error: GenerationError) -> None:
-        """End one request with an error; its KV rows may hold NaN, so they are cleaned."""
+        """End one request with an error; what it holds may not be finite."""
         for sequence in group.sequences:
             if sequence.slot >= 0:
                 self.runner.cache.scrub(sequence.slot)
@@ -106,10 +140,10 @@ class EngineCore:
         self._results.append((group, error))
 
 
-def _unsafe(decision: SteeringDecision, group: SequenceGroup) -> GenerationError | None:
+def _unsafe(group: SequenceGroup) -> GenerationError | None:
     """Fail closed: a profile that should have acted but could not compute its vector ends the request."""
     acting = {a.profile for a in group.request.steering.activations if a.strength != 0 and not a.shadow}
-    for profile in decision.profiles:
+    for profile in group.steering.profiles:
         if profile.reason == "non_finite" and profile.name in acting:
             return GenerationError(
                 f"steering profile {profile.name!r} computed a vector that is not finite for this prompt; "

@@ -26,11 +26,10 @@ from server.engine.base import (
     PromptTooLongError,
     TokenEvent,
 )
-from server.engine.native.core import EngineCore, Results
-from server.engine.native.runner import Runner
-from server.engine.native.scheduler import Scheduler
+from server.engine.native.build import EngineOptions, build_core
+from server.engine.native.core import Results
+from server.engine.native.decoder import Decoder
 from server.engine.native.sequence import SequenceGroup
-from steering.architecture import text_config
 from steering.decision import SteeringDecision
 from steering.manifest import ProfileManifest
 from steering.profile import SteeringProfile
@@ -39,52 +38,44 @@ logger = logging.getLogger(__name__)
 
 
 class NativeEngine(Engine):
-    """Continuous batching with per-row steering on a transformers decoder.
+    """Continuous batching with per-row steering on a decoder.
 
     Args:
-        model: the decoder; the engine owns it from now on.
+        decoder: made of `model`; the engine owns both from now on.
         profiles: checked against the model. Raises ProfileError.
+        options: limits. Raises ModelError where memory does not hold one sequence.
         model_name: for `info`.
-        max_num_seqs: completions that run at once; each holds a KV row of `max_model_len` positions.
-        max_model_len: prompt and completion tokens together.
-        max_batched_tokens: prompt tokens in one step.
-        max_waiting: requests that may queue.
         observer: told of each decision, on the engine's thread.
     """
 
     def __init__(
         self,
+        decoder: Decoder,
         model: PreTrainedModel,
         profiles: Sequence[SteeringProfile] = (),
+        options: EngineOptions | None = None,
         *,
         model_name: str = "model",
-        max_num_seqs: int = 32,
-        max_model_len: int = 1024,
-        max_batched_tokens: int = 2048,
-        max_waiting: int = 1024,
         observer: EngineObserver | None = None,
     ) -> None:
-        config = text_config(model)
+        options = options or EngineOptions()
+        self._core, memory = build_core(decoder, model, profiles, options, observer)
         self.info = EngineInfo(
             engine="native",
             model=model_name,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            num_layers=config.num_hidden_layers,
-            dtype=str(model.dtype).removeprefix("torch."),
-            device=str(model.device),
+            max_model_len=options.max_model_len,
+            max_num_seqs=options.max_num_seqs,
+            vocab_size=decoder.vocab_size,
+            hidden_size=decoder.hidden_size,
+            num_layers=decoder.num_layers,
+            dtype=str(decoder.dtype).removeprefix("torch."),
+            device=str(decoder.device),
+            kv_cache_bytes=memory.kv_cache_bytes,
+            prefix_cache_bytes=memory.prefix_cache_bytes,
         )
         self._profiles = {profile.name: profile.manifest for profile in profiles}
-        self._core = EngineCore(
-            Runner(model, list(profiles), max_num_seqs, max_model_len),
-            Scheduler(max_num_seqs, max_batched_tokens, max_waiting),
-            max_model_len,
-            observer,
-        )
         self._commands: queue.SimpleQueue[tuple[Callable[[Any], None], Any]] = queue.SimpleQueue()
-        self._stats = EngineStats(0, 0, 0.0)
+        self._stats = EngineStats()
         self._failure: str | None = None
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -150,6 +141,12 @@ class NativeEngine(Engine):
             )
         if request.n > self.info.max_num_seqs:
             raise GenerationError(f"n is {request.n}; this server runs {self.info.max_num_seqs} at most", "n_too_large")
+        if not self._core.scheduler.fits(request.n, len(request.prompt_token_ids)):
+            raise GenerationError(
+                f"{request.n} completions of {len(request.prompt_token_ids)} prompt tokens need more keys and values than "
+                "this server has memory for; ask for fewer at once",
+                "n_too_large",
+            )
         unknown = [a.profile for a in request.steering.activations if a.profile not in self._profiles]
         if unknown:
             raise GenerationError(f"no steering profile {unknown[0]!r} is loaded", "profile_not_found")
@@ -164,11 +161,10 @@ class NativeEngine(Engine):
 
     def _run(self) -> None:
         try:
-            with self._core.runner.attached():
-                while not self._stopping:
-                    self._take_commands()
-                    if not self._stopping and self._core.has_work:
-                        self._hand_out(self._core.step())
+            while not self._stopping:
+                self._take_commands()
+                if not self._stopping and self._core.has_work:
+                    self._hand_out(self._core.step())
             self._fail_all("the engine was stopped")
         except Exception as error:  # the thread's edge: whatever it is, nothing more can be served
             logger.exception("the engine failed")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from server.engine.base import EngineObserver
+from server.engine.native.build import EngineOptions
+from server.engine.native.decoder import Decoder, TransformersDecoder
 from server.engine.native.engine import NativeEngine
-from server.engine.native.selftest import check_against_transformers, check_steering
+from server.engine.native.fused import FAMILIES, FusedDecoder
+from server.engine.native.selftest import check_steering, decoder_error, reference_logits
 from steering.architecture import decoder_layers, text_config
 from steering.errors import ModelError
 from steering.profile import SteeringProfile
@@ -26,11 +29,10 @@ def load_engine(
     *,
     dtype: str = "auto",
     device: str = "auto",
-    max_num_seqs: int = 32,
     max_model_len: int | None = None,
-    max_waiting: int = 1024,
     num_threads: int | None = None,
     observer: EngineObserver | None = None,
+    **options: int | None,
 ) -> NativeEngine:
     """Load a checkpoint and its profiles, prove that our forward pass is the model's own and that the profiles act, and
     build the engine.
@@ -42,6 +44,7 @@ def load_engine(
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", …
         max_model_len: default: the model's own limit, at most 4096.
         num_threads: torch's CPU threads; default torch's.
+        options: the rest of `EngineOptions`.
     Raises:
         ModelError, ProfileError.
     """
@@ -53,20 +56,20 @@ def load_engine(
     if length > limit:
         raise ModelError(f"--max-model-len {length} is more than the {limit} positions that {model} was made for.")
     loaded_profiles = [SteeringProfile.load(path, name) for name, path in profiles.items()]
-    check_steering(loaded, loaded_profiles)
+    decoder = make_decoder(loaded, length, lambda: load_model(model, dtype=dtype, device=device))
+    check_steering(decoder, loaded, loaded_profiles)
     return NativeEngine(
+        decoder,
         loaded,
         loaded_profiles,
+        EngineOptions(max_model_len=length, **options),
         model_name=model,
-        max_num_seqs=max_num_seqs,
-        max_model_len=length,
-        max_waiting=max_waiting,
         observer=observer,
     )
 
 
 def load_model(model: str, *, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
-    """A checkpoint that the native engine can run, checked against transformers' own attention. Raises ModelError."""
+    """A checkpoint of a decoder-only transformers model. Raises ModelError."""
     place = _device(device)
     try:
         config = AutoConfig.from_pretrained(model)
@@ -78,12 +81,48 @@ def load_model(model: str, *, dtype: str = "auto", device: str = "auto") -> PreT
         ) from error
     loaded = loaded.to(place).eval()
     decoder_layers(loaded)
-    odd = set(getattr(text_config(loaded), "layer_types", None) or ()) - SUPPORTED_LAYER_TYPES
-    if odd or not loaded._supports_attention_backend:
-        what = f"layers of type {', '.join(sorted(odd))}" if odd else "attention that cannot be replaced"
-        raise ModelError(f"{model}: this architecture has {what}, which the native engine does not run.")
-    check_against_transformers(loaded)
     return loaded
+
+
+def make_decoder(
+    model: PreTrainedModel, max_len: int = DEFAULT_MAX_MODEL_LEN, reload: Callable[[], PreTrainedModel] | None = None
+) -> Decoder:
+    """The fastest decoder that computes what transformers computes, for `max_len` positions. Takes the model over.
+
+    Args:
+        reload: gives the model once more, for where the fused forward turns out to differ.
+    Raises:
+        ModelError: neither way computes it.
+    """
+    name = type(model).__name__
+    odd = set(getattr(text_config(model), "layer_types", None) or ()) - SUPPORTED_LAYER_TYPES
+    if odd or not model._supports_attention_backend:
+        what = f"layers of type {', '.join(sorted(odd))}" if odd else "attention that cannot be replaced"
+        raise ModelError(f"{name}: this architecture has {what}, which the native engine does not run.")
+    wanted = reference_logits(model)
+    if text_config(model).model_type in FAMILIES:
+        decoder: Decoder = FusedDecoder(model, max_len)
+        error = decoder_error(decoder, wanted)
+        if error < 1:
+            return decoder
+        logger.warning(
+            "%s: the fused forward is off by %.1f times rounding; transformers' modules run instead", name, error
+        )
+        if reload is None:
+            raise _differs(name, error)
+        model = reload()
+    decoder = TransformersDecoder(model)
+    error = decoder_error(decoder, wanted)
+    if not error < 1:
+        raise _differs(name, error)
+    return decoder
+
+
+def _differs(name: str, error: float) -> ModelError:
+    return ModelError(
+        f"{name}: the native engine's logits differ from transformers' by {error:.1f} times what rounding explains. This "
+        "architecture needs something that the engine does not know; it is refused rather than served wrongly."
+    )
 
 
 def _device(device: str) -> torch.device:

@@ -1,126 +1,174 @@
-"""Runs one step: packs the rows, makes one forward pass with steering inside it, samples. The only module that calls the model."""
+"""Runs one step's passes: packs rows, runs the layers from site to site, steers in between, samples. The only caller of the model.
+
+The model is cut into segments of layers, each ending at a site. A prompt runs through the first segment whole, in as many
+chunks as it takes, and leaves its states there; then the site reads the last one's, and the next segment starts from the
+states plus the dose. So every token passes every layer once, and the vector reaches all of the prompt although only its end
+decides it. With several sites each decides on states that the sites below have already changed, as in a single pass.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
 
 import torch
-from transformers import PreTrainedModel
+from torch import Tensor
 
-from server.engine.native import attention
-from server.engine.native.attention import AttentionStep, KVCache
+from server.engine.native.attention import DecodeStep, PrefillStep, Span
+from server.engine.native.cuda_graph import GraphedDecode
+from server.engine.native.decoder import Decoder
+from server.engine.native.kv_cache import KVCache
+from server.engine.native.prefix_cache import PrefixCache
 from server.engine.native.sampler import Sampled, sample
-from server.engine.native.scheduler import Batch
+from server.engine.native.scheduler import Chunk
 from server.engine.native.sequence import Sequence, SequenceGroup
-from steering.decision import SteeringDecision, combine
-from steering.intervention import Intervention, Query, StepPlan
-from steering.profile import SteeringProfile
+from steering.decision import combine
+from steering.intervention import Site
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """`decisions`: one for each prefilled group. `sampled`: the next token of each sequence that ran."""
+@dataclass
+class Prefilled:
+    """What a pass over chunks brought: requests that are now decided, and the first tokens of those whose prompt is through."""
 
-    decisions: list[tuple[SequenceGroup, SteeringDecision]]
-    sampled: list[tuple[Sequence, Sampled]]
+    decided: list[SequenceGroup] = field(default_factory=list)
+    sampled: list[tuple[Sequence, Sampled]] = field(default_factory=list)
+
+
+def segments_of(num_layers: int, sites: Seq[Site]) -> list[range]:
+    """The layers up to each site, and those after the last (none, if that is the last layer)."""
+    ends = [site.layer + 1 for site in sites] + [num_layers]
+    return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 class Runner:
-    """Holds the model, its KV cache and its intervention.
+    """The decoder, its caches and its sites. Call inside `torch.inference_mode()`."""
 
-    Args:
-        model: a transformers decoder; its attention implementation is replaced by ours.
-        profiles: checked against the model; raises ProfileError.
-    """
+    def __init__(self, decoder: Decoder, sites: Seq[Site], cache: KVCache, num_cached_blocks: int) -> None:
+        self.decoder = decoder
+        self.sites = list(sites)
+        self.segments = segments_of(decoder.num_layers, sites)
+        self.cache = cache
+        self.prefix_cache = PrefixCache(cache, self.segments, num_cached_blocks)
+        self._graphed: GraphedDecode | None = None
 
-    def __init__(
-        self, model: PreTrainedModel, profiles: list[SteeringProfile], max_num_seqs: int, max_model_len: int
-    ) -> None:
-        attention.register()
-        model.set_attn_implementation(attention.ATTENTION)
-        self.model = model.eval().requires_grad_(False)
-        self.cache = KVCache(max_num_seqs, max_model_len)
-        self.intervention = Intervention(model, profiles, max_num_seqs)
+    def enter(self, sequence: Sequence, segment: int) -> None:
+        """Put a sequence at the start of a segment; what is cached of it counts as done."""
+        sequence.segment = segment
+        sequence.num_done = self.prefix_cache.load(sequence, segment)
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Steps must run inside this context: the hooks are on, gradients off."""
-        with torch.inference_mode(), self.intervention.attached():
-            yield
+    def prefill(self, segment: int, chunks: Seq[Chunk]) -> Prefilled:
+        """Run chunks through one segment. Writes their slots, moves their sequences on."""
+        spans, row = [], 0
+        for chunk in chunks:
+            spans.append(Span(row, chunk.sequence.slot, chunk.start, chunk.stop))
+            row += chunk.stop - chunk.start
+        step = PrefillStep(self.cache, spans)
+        states = self._inputs(segment, chunks)
+        states = self.decoder.run(states, self.segments[segment], step)
+        final = segment == len(self.segments) - 1
+        if not final:
+            self.cache.write(self.cache.states, step.slots, step.positions, states[:, None])
+        done = []
+        for chunk, span in zip(chunks, spans, strict=True):
+            chunk.sequence.num_done = chunk.stop
+            if chunk.last:
+                self.prefix_cache.save(chunk.sequence, segment)
+                done.append((chunk.sequence, span.row + chunk.stop - chunk.start - 1))
+        result = Prefilled()
+        if not done:
+            return result
+        ends = states[[row for _, row in done]]  # (S, d): each prompt's last token
+        result.decided = self._decide(segment, [sequence for sequence, _ in done], ends)
+        if final:
+            result.sampled = self._first_tokens([sequence for sequence, _ in done], ends)
+        else:
+            for sequence, _ in done:
+                self.enter(sequence, segment + 1)
+        return result
 
-    def step(self, batch: Batch) -> StepResult:
-        """Run a batch. Writes the KV rows and steering rows of its sequences; changes no sequence but its random stream."""
-        token_ids, slots, positions, table_rows = [], [], [], []
-        for sequence in batch.decode:
-            token_ids.append(sequence.token_ids[-1])
-            slots.append(sequence.slot)
-            positions.append(len(sequence.token_ids) - 1)
-            table_rows.append(_table_slot(sequence) if sequence.steered else 0)
-        prefills, queries = [], []
-        for group in batch.prefill:
-            start, first = len(token_ids), group.sequences[0]
-            prompt = group.request.prompt_token_ids
-            token_ids += prompt
-            slots += [first.slot] * len(prompt)
-            positions += range(len(prompt))
-            prefills.append((start, len(token_ids)))
-            options = group.request.steering
-            if options.activations:
-                queries.append(Query(len(token_ids) - 1, _table_slot(first), options))
-                prompt_row = self.intervention.prompt_row(_table_slot(first))
-                table_rows += [prompt_row] * (len(prompt) - 1) + [_table_slot(first)]
-            else:
-                table_rows += [0] * len(prompt)
-
-        device = self.model.device
-        step = AttentionStep(
-            cache=self.cache,
-            slots=torch.tensor(slots, device=device),
-            positions=torch.tensor(positions, device=device),
-            decode_slots=torch.tensor([s.slot for s in batch.decode], dtype=torch.long, device=device),
-            decode_lengths=torch.tensor([len(s.token_ids) for s in batch.decode], dtype=torch.long, device=device),
-            prefills=tuple(prefills),
-            first_slot=min((s.slot for s in batch.decode), default=0),
-            last_slot=max((s.slot for s in batch.decode), default=0),
-            max_length=max((len(s.token_ids) for s in batch.decode), default=0),
-        )
-        plan = StepPlan(tuple(queries), torch.tensor(table_rows, device=device) if any(table_rows) else None)
-        logit_rows = [*range(len(batch.decode)), *(end - 1 for _, end in prefills)]
-        with self.intervention.step(plan) as record:
-            logits = self.model(
-                input_ids=torch.tensor([token_ids], device=device),
-                position_ids=step.positions[None],
-                use_cache=False,
-                logits_to_keep=torch.tensor(logit_rows, device=device),
-                step=step,
-            ).logits[0]  # (S, V)
-
-        sequences, rows = list(batch.decode), list(range(len(batch.decode)))
-        for row, group in enumerate(batch.prefill, start=len(batch.decode)):
-            if not group.score_only:
-                sequences += group.sequences
-                rows += [row] * len(group.sequences)
-                self._share_prefill(group)
-        decided = iter(record.decisions())
-        decisions = [
-            (group, next(decided) if group.request.steering.activations else combine(group.request.steering, ()))
-            for group in batch.prefill
+    def decode(self, sequences: Seq[Sequence]) -> list[tuple[Sequence, Sampled]]:
+        """One token for each of the sequences, which are in the order of their slots."""
+        token_ids = [s.token_ids[-1] for s in sequences]
+        slots, lengths = [s.slot for s in sequences], [len(s.token_ids) for s in sequences]
+        rows = [
+            [0 if s.group.steering.doses[site] is None else 1 + s.slot for s in sequences]
+            for site in range(len(self.sites))
         ]
-        if not sequences:
-            return StepResult(decisions, [])
+        if self._graphed is not None:
+            logits = self._graphed(token_ids, slots, lengths, rows)
+        else:
+            device = self.decoder.device
+            step = DecodeStep(self.cache, slots, lengths)
+            added = [torch.tensor(r, device=device) if any(r) else None for r in rows]
+            logits = self._decode_pass(step, torch.tensor(token_ids, device=device), added)
+        return list(zip(sequences, sample(logits, list(sequences)), strict=True))
+
+    def record_graphs(self) -> None:
+        """Replay decode passes as CUDA graphs from now on. Raises RuntimeError where that cannot be done."""
+        self._graphed = GraphedDecode(self._decode_pass, self.cache, len(self.sites))
+
+    def _decode_pass(self, step: DecodeStep, token_ids: Tensor, table_rows: list[Tensor | None]) -> Tensor:
+        """Logits (D, V); `table_rows`: for each site the row of its table that each of the D rows gets, None: no row any."""
+        states = self.decoder.embed(token_ids)
+        for number, layers in enumerate(self.segments):
+            states = self.decoder.run(states, layers, step)
+            if number < len(self.sites) and table_rows[number] is not None:
+                states = states + self.sites[number].table[table_rows[number]]
+        return self.decoder.logits(states)
+
+    def _inputs(self, segment: int, chunks: Seq[Chunk]) -> Tensor:
+        """What the chunks bring to a segment: their embeddings, or the site's states plus the dose; (T, d)."""
+        if segment == 0:
+            token_ids = [t for chunk in chunks for t in chunk.sequence.token_ids[chunk.start : chunk.stop]]
+            return self.decoder.embed(torch.tensor(token_ids, device=self.decoder.device))
+        parts = []
+        for chunk in chunks:
+            sequence = chunk.sequence
+            states = self.cache.read(self.cache.states, sequence.slot, chunk.stop)[0, chunk.start :]
+            dose = sequence.group.steering.doses[segment - 1]
+            if dose is not None:
+                states = dose.add(states, chunk.start, sequence.num_prompt_tokens)
+            parts.append(states)
+        return torch.cat(parts)
+
+    def _decide(self, segment: int, sequences: Seq[Sequence], states: Tensor) -> list[SequenceGroup]:
+        """Let the site at a segment's end read its queries; returns the requests that are then decided."""
+        new = [(row, s.group) for row, s in enumerate(sequences) if s.group.decision is None]
+        if segment < len(self.sites):
+            new = [(row, group) for row, group in new if len(group.steering.doses) == segment]
+            asking = [(row, group) for row, group in new if group.request.steering.activations]
+            for _, group in new:
+                group.steering.doses.append(None)
+            if asking:
+                options = [group.request.steering for _, group in asking]
+                readings = self.sites[segment].read(states[[row for row, _ in asking]], options)
+                for (_, group), reading in zip(asking, readings, strict=True):
+                    group.steering.doses[segment] = reading.dose
+                    group.steering.profiles.extend(reading.profiles)
+                    group.steering.compute_ms += reading.compute_ms
+        if segment < len(self.sites) - 1:
+            return []
+        for _, group in new:
+            options = group.request.steering
+            found = {profile.name: profile for profile in group.steering.profiles}
+            profiles = tuple(found[a.profile] for a in options.activations)
+            group.decision = combine(options, profiles, group.steering.compute_ms)
+        return [group for _, group in new]
+
+    def _first_tokens(self, sequences: Seq[Sequence], states: Tensor) -> list[tuple[Sequence, Sampled]]:
+        """The next token of each prefilled sequence, and of the completions that share its prompt."""
+        receivers, rows = [], []
+        for row, sequence in enumerate(sequences):
+            group = sequence.group
+            heirs = [sequence] if group.prefilled else group.sequences
+            group.prefilled = True
+            for heir in heirs:
+                for site, dose in zip(self.sites, group.steering.doses, strict=True):
+                    site.hold(heir.slot, dose)
+            if len(heirs) > 1:
+                self.cache.copy(sequence.slot, [s.slot for s in heirs[1:]], len(sequence.token_ids))
+            receivers += heirs
+            rows += [row] * len(heirs)
+        logits = self.decoder.logits(states)
         logits = logits if rows == list(range(len(logits))) else logits[rows]
-        return StepResult(decisions, list(zip(sequences, sample(logits, sequences), strict=True)))
-
-    def _share_prefill(self, group: SequenceGroup) -> None:
-        """Give the group's other completions what the first one's prefill made."""
-        first, *others = group.sequences
-        if others:
-            self.cache.copy_slot(first.slot, [s.slot for s in others], first.num_prompt_tokens)
-            self.intervention.copy_slot(_table_slot(first), [_table_slot(s) for s in others])
-
-
-def _table_slot(sequence: Sequence) -> int:
-    """The sequence's row in the steering tables, whose row 0 is zero."""
-    return sequence.slot + 1
+        return list(zip(receivers, sample(logits, receivers), strict=True))

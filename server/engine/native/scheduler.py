@@ -1,13 +1,15 @@
-"""Decides what runs in the next step: continuous batching over a fixed number of KV rows. Knows nothing of torch.
+"""Decides what runs in the next step: continuous batching with chunked prefill. Knows nothing of torch.
 
-Requests join as soon as rows are free and leave at the end of any step. Each step holds one token of every running
-sequence and, up to a token budget, whole prompts of newcomers.
+Requests join as soon as a slot and KV blocks are free and leave at the end of any step. A prompt climbs the segments of
+layers one after the other, all of its tokens through one before the first enters the next; each segment takes at most
+`max_batched_tokens` a step, so running streams never wait for more than that many tokens of somebody's prompt.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from server.engine.base import EngineOverloadedError
@@ -15,30 +17,59 @@ from server.engine.native.sequence import Phase, Sequence, SequenceGroup
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One step: `prefill` groups run their whole prompt, `decode` sequences their last token."""
+class Chunk:
+    """Positions `start` to `stop` of a sequence, through the segment that it is in."""
 
-    prefill: tuple[SequenceGroup, ...]
-    decode: tuple[Sequence, ...]
+    sequence: Sequence
+    start: int
+    stop: int
+
+    @property
+    def last(self) -> bool:
+        """Whether the segment is then done with the sequence's tokens."""
+        return self.stop == len(self.sequence.token_ids)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What may be in flight.
+
+    Attributes:
+        max_num_seqs: slots.
+        max_batched_tokens: prompt tokens in one step, per segment of layers.
+        max_waiting: requests that may queue; one more raises EngineOverloadedError.
+        num_blocks, block_size: KV blocks of `block_size` positions that running sequences may hold.
+    """
+
+    max_num_seqs: int
+    max_batched_tokens: int
+    max_waiting: int
+    num_blocks: int
+    block_size: int
 
 
 class Scheduler:
     """First come, first served within a priority (lower first, as vLLM's).
 
+    Where running sequences outgrow the KV blocks, the one that is last in that order goes back to the queue, keeps its tokens
+    and its steering, and is prefilled again later.
+
     Args:
-        max_num_seqs: KV rows.
-        max_batched_tokens: prompt tokens per step; a single longer prompt still runs, alone.
-        max_waiting: requests that may wait; one more raises EngineOverloadedError.
+        reserve: called with a slot and the positions it needs, before they are written.
+        release: called with a slot that is free again.
     """
 
-    def __init__(self, max_num_seqs: int, max_batched_tokens: int, max_waiting: int) -> None:
-        self.max_num_seqs = max_num_seqs
-        self.max_batched_tokens = max_batched_tokens
-        self.max_waiting = max_waiting
-        self._waiting: list[tuple[int, int, SequenceGroup]] = []
+    def __init__(self, limits: Limits, reserve: Callable[[int, int], None], release: Callable[[int], None]) -> None:
+        self.limits = limits
+        self.num_preemptions = 0
+        self._reserve, self._release = reserve, release
+        self._waiting: list[tuple[int, int, int, tuple[Sequence, ...]]] = []
+        self._running: list[Sequence] = []  # in order of (priority, arrival)
+        self._order: dict[SequenceGroup, tuple[int, int]] = {}
         self._arrivals = itertools.count()
-        self._running: list[SequenceGroup] = []
-        self._free_slots = list(range(max_num_seqs))  # a heap: lowest first keeps the used rows contiguous
+        self._free_slots = list(range(limits.max_num_seqs))  # a heap: lowest first keeps the used rows contiguous
+        self._blocks: dict[Sequence, int] = {}
+        self._free_blocks = limits.num_blocks
 
     @property
     def num_waiting(self) -> int:
@@ -46,65 +77,133 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        return self.max_num_seqs - len(self._free_slots)
+        return self.limits.max_num_seqs - len(self._free_slots)
 
     @property
-    def num_running_tokens(self) -> int:
-        """Tokens whose keys and values are held."""
-        return sum(len(s.token_ids) for g in self._running for s in g.sequences if s.phase is not Phase.FINISHED)
+    def kv_usage(self) -> float:
+        """Share of the KV blocks that are held, 0 to 1."""
+        return 1 - self._free_blocks / self.limits.num_blocks
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self._running)
+        return bool(self._order)
 
     @property
     def groups(self) -> list[SequenceGroup]:
         """Every request that is waiting or running."""
-        return [group for _, _, group in self._waiting] + self._running
+        return list(self._order)
 
     def add(self, group: SequenceGroup) -> None:
         """Queue a request. Raises EngineOverloadedError."""
-        if len(self._waiting) >= self.max_waiting:
-            raise EngineOverloadedError(f"{self.max_waiting} requests are waiting already; try again later")
-        heapq.heappush(self._waiting, (group.request.priority, next(self._arrivals), group))
+        if len(self._waiting) >= self.limits.max_waiting:
+            raise EngineOverloadedError(f"{self.limits.max_waiting} requests are waiting already; try again later")
+        self._order[group] = (group.request.priority, next(self._arrivals))
+        self._queue(group.sequences)
 
-    def schedule(self) -> Batch:
-        """Admit what fits and return the next step."""
-        decode = tuple(s for g in self._running for s in g.sequences if s.phase is Phase.DECODE)
-        admitted: list[SequenceGroup] = []
-        budget = self.max_batched_tokens
+    def fits(self, num_sequences: int, num_prompt_tokens: int) -> bool:
+        """Whether so many completions of such a prompt can ever be admitted together."""
+        return num_sequences * self._blocks_for(num_prompt_tokens + 1) <= self.limits.num_blocks
+
+    def admit(self) -> list[Sequence]:
+        """Give slots and blocks to whoever is first in the queue; returns those whose prefill begins.
+
+        A new request's completions are admitted together: the first is prefilled, the others wait in their slots for its result.
+        """
+        begun = []
         while self._waiting:
-            group = self._waiting[0][2]
-            length = len(group.request.prompt_token_ids)
-            if len(group.sequences) > len(self._free_slots) or (admitted and length > budget):
+            sequences = self._waiting[0][-1]
+            # One block each besides for those that run, so that a newcomer does not at once push somebody out.
+            needed = len(sequences) * self._blocks_for(len(sequences[0].token_ids) + 1)
+            headroom = len(self._running)
+            if len(sequences) > len(self._free_slots) or needed + headroom > self._free_blocks:
                 break
             heapq.heappop(self._waiting)
-            budget -= length
-            for sequence in group.sequences:
+            for sequence in sequences:
                 sequence.slot = heapq.heappop(self._free_slots)
                 sequence.phase = Phase.PREFILL
-            admitted.append(group)
-        self._running.extend(admitted)
-        return Batch(tuple(admitted), decode)
+                sequence.segment = sequence.num_done = 0
+                self._hold(sequence, len(sequence.token_ids) + 1)
+            self._running.extend(sequences)
+            begun.append(sequences[0])
+        self._running.sort(key=self._rank)
+        return begun
+
+    def decoding(self) -> list[Sequence]:
+        """The sequences that get a token in this step, each with room for it, in the order of their slots."""
+        for sequence in list(self._running):
+            while sequence.phase is Phase.DECODE and not self._hold(sequence, len(sequence.token_ids)):
+                self._preempt(self._running[-1])
+        return sorted((s for s in self._running if s.phase is Phase.DECODE), key=lambda s: s.slot)
+
+    def chunks(self, segment: int) -> list[Chunk]:
+        """What runs through one segment in this step: who came first goes first, up to the token budget."""
+        budget = self.limits.max_batched_tokens
+        chunks = []
+        for sequence in self._running:
+            if sequence.phase is not Phase.PREFILL or sequence.segment != segment or self._follows(sequence):
+                continue
+            stop = min(len(sequence.token_ids), sequence.num_done + budget)
+            if stop > sequence.num_done:
+                chunks.append(Chunk(sequence, sequence.num_done, stop))
+                budget -= stop - sequence.num_done
+        return chunks
 
     def finish(self, sequence: Sequence) -> None:
-        """Free one sequence's row at once. Idempotent."""
+        """Free one sequence's slot and blocks at once. Idempotent."""
         if sequence.phase is Phase.FINISHED:
             return
-        if sequence.slot >= 0:
-            heapq.heappush(self._free_slots, sequence.slot)
-            sequence.slot = -1
+        self._drop(sequence)
         sequence.phase = Phase.FINISHED
+        group = sequence.group
+        if group.finished:
+            self._order.pop(group, None)
+            if any(s.group is group for *_, sequences in self._waiting for s in sequences):
+                self._waiting = [entry for entry in self._waiting if entry[-1][0].group is not group]
+                heapq.heapify(self._waiting)
 
     def abort(self, group: SequenceGroup) -> None:
         """Drop a request at whatever stage it is."""
         for sequence in group.sequences:
             self.finish(sequence)
-        self.collect()
 
-    def collect(self) -> None:
-        """Forget the requests that are done."""
-        self._running = [group for group in self._running if not group.finished]
-        if any(group.finished for _, _, group in self._waiting):
-            self._waiting = [entry for entry in self._waiting if not entry[2].finished]
-            heapq.heapify(self._waiting)
+    def _rank(self, sequence: Sequence) -> tuple[int, int, int]:
+        return (*self._order[sequence.group], sequence.index)
+
+    def _queue(self, sequences: list[Sequence]) -> None:
+        heapq.heappush(self._waiting, (*self._rank(sequences[0]), tuple(sequences)))
+
+    def _follows(self, sequence: Sequence) -> bool:
+        """Whether a sequence waits for its group's first one to be prefilled for both."""
+        return sequence.index > 0 and not sequence.group.prefilled
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.limits.block_size)
+
+    def _hold(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Take the blocks that a sequence's first `num_tokens` positions need beyond those it has; False if there are too few."""
+        missing = self._blocks_for(num_tokens) - self._blocks.get(sequence, 0)
+        if missing > self._free_blocks:
+            return False
+        if missing > 0:
+            self._free_blocks -= missing
+            self._blocks[sequence] = self._blocks.get(sequence, 0) + missing
+            self._reserve(sequence.slot, num_tokens)
+        return True
+
+    def _drop(self, sequence: Sequence) -> None:
+        """Take back what a sequence holds, if anything."""
+        self._free_blocks += self._blocks.pop(sequence, 0)
+        if sequence.slot >= 0:
+            self._release(sequence.slot)
+            heapq.heappush(self._free_slots, sequence.slot)
+            sequence.slot = -1
+            self._running.remove(sequence)
+
+    def _preempt(self, victim: Sequence) -> None:
+        """Back to the queue: a sequence that generates alone, one whose prompt is still being prefilled with its whole group."""
+        together = [victim] if victim.group.prefilled else victim.group.sequences
+        for sequence in together:
+            self._drop(sequence)
+            sequence.phase = Phase.WAITING
+        self._queue(together)
+        self.num_preemptions += 1

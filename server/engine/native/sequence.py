@@ -1,4 +1,4 @@
-"""The running state of one completion. No torch here."""
+"""The running state of a request and of its completions. No torch here."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import Protocol
 
 from server.engine.base import FinishReason, GenerationRequest, TokenEvent
-from steering.decision import SteeringDecision
+from steering.decision import ProfileDecision, SteeringDecision
 
 Deliver = Callable[[TokenEvent | SteeringDecision | Exception], None]
 
 
 class Phase(Enum):
-    """Where a sequence is: not yet admitted, admitted and to be prefilled, generating, or done."""
+    """Where a sequence is: in the queue (new, or preempted), being prefilled, generating, or done."""
 
     WAITING = auto()
     PREFILL = auto()
@@ -24,9 +25,9 @@ class Phase(Enum):
 
 @dataclass(eq=False)
 class Sequence:
-    """Completion `index` of a request: its tokens, its row in the KV cache, and its own random stream.
+    """Completion `index` of a request: its tokens, its slot in the KV cache, and its own random stream.
 
-    `slot` is 0-based in the KV cache; the steering table keeps its row 0 for zeros, so there it is `slot + 1`.
+    While it is prefilled, `num_done` of its tokens have passed `segment`, and all of them the segments before it.
     """
 
     group: SequenceGroup
@@ -34,8 +35,9 @@ class Sequence:
     token_ids: list[int]
     phase: Phase = Phase.WAITING
     slot: int = -1
+    segment: int = 0
+    num_done: int = 0
     finish_reason: FinishReason | None = None
-    steered: bool = False
     random: random.Random = field(default_factory=random.Random)
 
     @property
@@ -55,24 +57,61 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
 
+class Dose(Protocol):
+    """What a site adds to a request: see `steering.intervention.Dose`."""
+
+    @property
+    def prompt(self) -> object | None: ...
+
+    @property
+    def key(self) -> bytes: ...
+
+    @property
+    def uniform(self) -> bool: ...
+
+
+@dataclass
+class SteeringState:
+    """What the sites decided about a request so far, from the lowest up; kept when it is preempted, so that its answer goes
+    on under the same vectors."""
+
+    num_prompt_tokens: int
+    doses: list[Dose | None] = field(default_factory=list)
+    profiles: list[ProfileDecision] = field(default_factory=list)
+    compute_ms: float = 0.0
+
+    def salt(self, segment: int) -> tuple[bytes, int]:
+        """What shaped the states of a segment of layers besides the tokens, and from which position on (see `block_index.chain`)."""
+        salt, start = b"", self.num_prompt_tokens - 1
+        for site, dose in enumerate(self.doses[:segment]):
+            if dose is not None:
+                salt += b"%d:" % site + dose.key + (b"" if dose.uniform else b"@%d" % self.num_prompt_tokens)
+                start = start if dose.prompt is None else 0
+        return salt, start
+
+
 @dataclass(eq=False)
 class SequenceGroup:
     """A request in flight: its n sequences share one prefill and one decision.
 
-    `score_only`: stop after the decision. `deliver` hands a result to whoever waits for the request.
+    `score_only`: stop after the decision. `deliver` hands a result to whoever waits for the request. `decision` is there once
+    all sites have decided, `prefilled` tells that the prompt is through, `announced` that an event carried the decision.
     """
 
     request: GenerationRequest
     deliver: Deliver
+    steering: SteeringState
     sequences: list[Sequence] = field(default_factory=list)
     score_only: bool = False
     decision: SteeringDecision | None = None
+    prefilled: bool = False
+    announced: bool = False
 
     @classmethod
     def of(cls, request: GenerationRequest, deliver: Deliver, *, score_only: bool = False) -> SequenceGroup:
         """A waiting group of `request.n` sequences. With a seed, each completion's random stream follows from seed and index."""
         seed = request.sampling.seed
-        group = cls(request, deliver, score_only=score_only)
+        group = cls(request, deliver, SteeringState(len(request.prompt_token_ids)), score_only=score_only)
         for index in range(1 if score_only else request.n):
             stream = random.Random(None if seed is None else f"{seed}/{index}")
             group.sequences.append(Sequence(group, index, list(request.prompt_token_ids), random=stream))

@@ -1,0 +1,1 @@
+"""The other engines, each a process that speaks `tests.benchmarks.protocol`."""
