@@ -50,6 +50,13 @@ def serve(
         str | None, typer.Option(metavar="SIZE", help="Memory for finished prompts; 0 switches the prefix cache off.")
     ] = None,
     num_threads: Annotated[int | None, typer.Option(help="CPU threads for the model.")] = None,
+    compile: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Compile a lone request's decoding (Llama and Mistral on a CPU; needs g++, takes twice the weights).",
+        ),
+    ] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     chat_template: Annotated[Path | None, typer.Option(help="A Jinja file in place of the model's own.")] = None,
@@ -91,6 +98,7 @@ def serve(
             kv_cache_memory=kv_cache_memory,
             prefix_cache_memory=prefix_cache_memory,
             num_threads=num_threads,
+            compile=compile,
             dtype=dtype,
             device=device,
             chat_template=chat_template,

@@ -41,6 +41,7 @@ class ServerConfig:
     kv_cache_memory: int | None = None
     prefix_cache_memory: int | None = None
     num_threads: int | None = None
+    compile: bool = False
     dtype: str = "auto"
     device: str = "auto"
     chat_template: Path | None = None

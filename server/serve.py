@@ -43,6 +43,7 @@ def run(config: ServerConfig, listener: socket.socket) -> None:
                 kv_cache_bytes=config.kv_cache_memory,
                 prefix_cache_bytes=config.prefix_cache_memory,
                 num_threads=config.num_threads,
+                compiled=config.compile,
                 observer=metrics,
             )
     except SteeringError as error:

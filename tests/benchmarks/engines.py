@@ -29,6 +29,7 @@ ENGINES = {
     REFERENCE: BenchmarkedEngine("ours"),
     "ours-closed": BenchmarkedEngine("ours", "closed"),
     "ours-open": BenchmarkedEngine("ours", "open"),
+    "ours-eager": BenchmarkedEngine("ours-eager"),
     "transformers": BenchmarkedEngine("transformers"),
     "transformers-cb": BenchmarkedEngine("transformers-cb"),
     "vllm": BenchmarkedEngine("vllm"),
@@ -67,8 +68,9 @@ class Launcher:
             return Launch(self._llama_cpp(folder), environment)
         options = ["--checkpoint", str(folder), "--threads", str(len(self.cores))]
         options += ["--max-concurrency", str(self.max_concurrency)]
-        if process == "ours":
+        if process in ("ours", "ours-eager"):
             options += ["--profile", str(profile(self.checkpoints, model))]
+            options += ["--compile"] if process == "ours" else []
             return Launch([sys.executable, "-m", "tests.benchmarks.ours", *options], environment)
         if process in ("vllm", "vllm-compile"):
             options += ["--compile"] if process == "vllm-compile" else []

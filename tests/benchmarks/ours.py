@@ -19,6 +19,7 @@ GATES: dict[Steering, GateMode] = {"open": "open", "closed": "closed"}
 def load() -> Iterator[Callable[[RoundRequest], RoundReply]]:
     parser = arguments()
     parser.add_argument("--profile", required=True)
+    parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
     engine = load_engine(
         options.checkpoint,
@@ -26,6 +27,7 @@ def load() -> Iterator[Callable[[RoundRequest], RoundReply]]:
         max_num_seqs=options.max_concurrency,
         max_model_len=CONTEXT_LENGTH,
         num_threads=options.threads,
+        compiled=options.compile,
     )
     with asyncio.Runner() as runner:
         runner.run(engine.start())

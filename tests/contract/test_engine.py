@@ -75,7 +75,8 @@ def request(name, prompt=(5, 6, 7), *, steering=STEERED, n=1, priority=0, **samp
 
 
 async def collect(engine, asked):
-    return [event async for event in engine.generate(asked)]
+    async with asyncio.timeout(20):
+        return [event async for event in engine.generate(asked)]
 
 
 async def until_idle(engine):

@@ -207,22 +207,67 @@ def test_a_vector_that_is_not_finite_fails_its_request_alone():
     assert core.stats().kv_cache_usage == 0
 
 
-@pytest.mark.parametrize("paged", [False, True], ids=["rows", "pages"])
-@every_decoder
-def test_a_model_that_overflows_fails_its_request_and_leaves_nothing_behind(kind, paged):
-    """Whoever gets the memory next has positions masked there, and 0 · NaN is NaN."""
+@functools.cache
+def overflowing(kind):
+    """The tiny model, but token 300 makes NaN of whatever comes after it."""
     model = tiny_model()
     with torch.no_grad():
         model.get_input_embeddings().weight[300] = torch.inf
-    decoder = DECODERS[kind](model)
-    core = tiny_core(decoder=decoder, paged=paged, max_model_len=128, prefix_cache_bytes=0)
+    return DECODERS[kind](model)
+
+
+@rows_and_pages
+@every_decoder
+def test_a_model_that_overflows_fails_its_request_and_leaves_nothing_behind(kind, paged):
+    """Whoever gets the memory next has positions masked there, and 0 · NaN is NaN."""
+    core = tiny_core(decoder=overflowing(kind), paged=paged, max_model_len=128, prefix_cache_bytes=0)
     [failure] = core.run([asked("bad", [5, 300, *range(60)])])["bad"]
     assert isinstance(failure, GenerationError) and failure.code == "non_finite_logits"
     asks = [asked("short", range(5, 45)), asked("long", range(5, 95))]
     found = answers(core, asks)
-    assert {r: a.tokens() for r, a in found.items()} == {
-        r: a.tokens() for r, a in run([], asks, max_model_len=128).items()
-    }
+    wanted = run([], asks, max_model_len=128)
+    assert {r: a.tokens() for r, a in found.items()} == {r: a.tokens() for r, a in wanted.items()}
+
+
+@rows_and_pages
+@every_decoder
+def test_a_prompt_that_overflows_spoils_nobody_while_it_is_prefilled(kind, paged):
+    """In chunks of 16 beside two that decode, in pages that were the short one's slot's before."""
+    core = tiny_core(decoder=overflowing(kind), paged=paged, max_model_len=192, max_batched_tokens=16)
+    results = []
+
+    def add(*requests):
+        for request in requests:
+            core.add(SequenceGroup.of(request, lambda _: None))
+
+    add(asked("before", range(5, 155), max_tokens=1), asked("long", range(5, 115), max_tokens=40))
+    for _ in range(20):
+        results += core.step()
+    add(asked("short", range(5, 25), max_tokens=20), asked("bad", [5, 300, *[7] * 130]))
+    while core.has_work:
+        results += core.step()
+    failed = [group.request.request_id for group, result in results if isinstance(result, Exception)]
+    assert failed == ["bad"]
+
+
+@pytest.mark.parametrize(
+    "paged",
+    [False, pytest.param(True, marks=pytest.mark.xfail(strict=True, reason="only a request that fails is scrubbed"))],
+    ids=["rows", "pages"],
+)
+@pytest.mark.parametrize("how", ["aborted", "preempted"])
+def test_a_prompt_that_overflows_and_leaves_before_its_end_leaves_nothing_behind(how, paged):
+    core = tiny_core(decoder=overflowing("fused"), paged=paged, max_model_len=192, max_batched_tokens=16)
+    bad = SequenceGroup.of(asked("bad", [5, 300, *[7] * 130]), lambda _: None)
+    core.add(bad)
+    core.step()
+    core.step()
+    if how == "preempted":
+        core.scheduler._preempt(bad.sequences[0])
+    core.abort(bad)
+    answers(
+        core, [asked("short", range(5, 25), max_tokens=12), asked("long", range(5, 115))]
+    )  # asserts that they do not fail
 
 
 def test_a_completion_that_fails_after_its_preemption_ends_its_request_alone(monkeypatch):

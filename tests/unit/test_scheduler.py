@@ -117,6 +117,7 @@ class Machine:
         assert not begun or not waiting or self.rank(begun[-1]) < min(map(self.rank, waiting)), "nobody overtakes"
         for sequence in begun:
             assert self.ledger.has_room(sequence, len(sequence.token_ids) + 1)
+            assert (sequence.segment, sequence.num_done) == (0, 0)
             sequence.num_done = self.cached(sequence, 0)
         return [s.request.request_id for s in begun]
 

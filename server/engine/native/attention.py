@@ -36,6 +36,11 @@ class AttentionStep(ABC):
     slots: Tensor
     positions: Tensor
 
+    @cached_property
+    def memo(self) -> dict[object, object]:
+        """What layers share in this pass, by whoever made it: positions' rotations, say."""
+        return {}
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         """Store (T, KV heads, ·) keys and values, attend with (T, heads, ·) queries; returns (T, heads, ·)."""
         self.cache.write(self.cache.keys[layer], self.slots, self.positions, key)
@@ -134,7 +139,7 @@ class DecodeStep(AttentionStep):
         self._slots, self._longest = list(slots), max(lengths)
         self._even = min(lengths) == self._longest
         # Rows between the decoding ones, of slots that do not decode now: they get a zero query and are thrown away.
-        self._num_rows = slots[-1] - slots[0] + 1 if cache.spread else len(slots)
+        self._num_rows = slots[-1] - slots[0] + 1 if cache.contiguous else len(slots)
         self._where = self.slots - slots[0] if self._num_rows != len(slots) else None
         self._masks: dict[tuple[int | None, int], Tensor | None] = {}
 
@@ -145,9 +150,18 @@ class DecodeStep(AttentionStep):
     def renewed(self) -> DecodeStep:
         """The same step, sharing `slots` and `lengths`, with all that follows from them to be computed anew."""
         step = copy(self)
-        for name in ("positions", "pages"):
+        for name in ("positions", "pages", "memo"):
             step.__dict__.pop(name, None)
         return step
+
+    def only(self, pool: Tensor) -> Tensor:
+        """All that the step's one row sees of a pool, its own position last: (KV heads, L, ·)."""
+        return self.cache.read(pool, self._slots[0], self._longest)
+
+    @property
+    def num_seen(self) -> int:
+        """Positions that the longest sequence has."""
+        return self._longest
 
     @cached_property
     def pages(self) -> tuple[Tensor, int, Tensor, Tensor]:
@@ -194,7 +208,7 @@ def _few_queries(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
 
     Two batched products and a softmax: on a CPU up to twice as fast as the fused kernel, which is made for many queries.
     """
-    if key.dtype != torch.float32 and key.device.type == "cpu" and len(key) > 1:
+    if key.dtype != torch.float32 and key.device.type == "cpu":
         key = key.contiguous()  # oneDNN's batched product takes a dense one; the copy costs less than the other way
     key = key.transpose(1, 2)
     if scores.softcap is not None:

@@ -7,7 +7,15 @@ from collections.abc import Sequence as Seq
 
 import torch
 
-from server.engine.base import EngineObserver, EngineStats, GenerationError, GenerationRequest, TokenEvent
+from server.engine.base import (
+    EngineObserver,
+    EngineStats,
+    GenerationError,
+    GenerationRequest,
+    SamplingOptions,
+    TokenEvent,
+)
+from server.engine.native.prefix_cache import PrefixCacheStats
 from server.engine.native.runner import Runner
 from server.engine.native.sampler import Sampled
 from server.engine.native.scheduler import Limits, Scheduler
@@ -81,6 +89,14 @@ class EngineCore:
                 found[group.request.request_id].append(result)
                 on_result(result)
         return found
+
+    def warm_up(self) -> None:
+        """Run a request that nobody sees."""
+        observer, self._observer = self._observer, None
+        prompt = tuple(range(min(4, self.max_model_len - 3)))
+        self.run([GenerationRequest("warm-up", prompt, SamplingOptions(max_tokens=3, temperature=0.0))])
+        self.runner.prefix_cache.stats = PrefixCacheStats()
+        self._observer = observer
 
     def stats(self) -> EngineStats:
         """Gauges and counters of this moment."""

@@ -81,6 +81,10 @@ class NativeEngine(Engine):
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
+    def warm_up(self) -> None:
+        """Run a few tokens, so that what is compiled at its first use is compiled before the first request. Before `start`."""
+        self._core.warm_up()
+
     # -- the Engine interface, on the event loop ------------------------------------------------------------------------
 
     @property

@@ -7,18 +7,20 @@ held against transformers'; where they differ, the model runs through its own mo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from server.engine.native.attention import AttentionStep, Scores
+from server.engine.native.attention import AttentionStep, DecodeStep, Scores
+from server.engine.native.compiled import LayerWeights, head_row, layer_row
 from server.engine.native.decoder import Decoder
 from server.engine.native.kv_cache import KVShape
-from server.engine.native.linear import Linear, Modules, fuse, packing_works
+from server.engine.native.linear import Linear, Modules, fuse, fused_weight, packing_works
 from steering.architecture import decoder_layers, text_config
+from steering.errors import ModelError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 Norm = Callable[[Tensor], Tensor]
@@ -30,9 +32,11 @@ class FusedDecoder(Decoder):
     Args:
         model: gives its weights up, all but the embeddings; its own forward works no more.
         max_len: positions for which rotary tables are made.
+        compiled: run a lone decoding row by `compiled`'s kernels; a second copy of the weights is kept for them. Raises
+            ModelError where the model has what they do not know.
     """
 
-    def __init__(self, model: PreTrainedModel, max_len: int) -> None:
+    def __init__(self, model: PreTrainedModel, max_len: int, *, compiled: bool = False) -> None:
         config, base = text_config(model), model.base_model
         self.num_layers = config.num_hidden_layers
         self.num_heads = config.num_attention_heads
@@ -40,10 +44,13 @@ class FusedDecoder(Decoder):
         self.vocab_size = config.vocab_size
         self.dtype, self.device = model.dtype, model.device
         self._embed = base.embed_tokens
-        tables = _RotaryTables(base.rotary_emb, max_len, self.dtype, self.device)
         packed = packing_works(self.dtype, self.device)
-        self._layers = [_Layer(layer, config, tables, packed) for layer in decoder_layers(model)]
+        layer_types = getattr(config, "layer_types", None) or [""] * self.num_layers
+        rotations = _rotations(base.rotary_emb, layer_types, max_len, self.dtype)
+        layers = zip(decoder_layers(model), rotations, strict=True)
+        self._layers = [_Layer(layer, config, rotation, packed, compiled) for layer, rotation in layers]
         self._norm = _norm(base.norm)
+        self._row_head = _head_weights(model) if compiled else None
         head = model.get_output_embeddings()
         if head.weight is self._embed.weight:  # tied: the embeddings stay
             head = nn.Linear(*head.weight.shape[::-1], bias=False, device="meta")
@@ -63,35 +70,54 @@ class FusedDecoder(Decoder):
         return states
 
     def logits(self, states: Tensor) -> Tensor:
+        if self._row_head is not None and len(states) == 1:
+            return head_row(states, *self._row_head)
         logits = self._head(self._norm(states))
         return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
 
 
-class _RotaryTables:
-    """cos and sin of every position, (max_len, 1, head_dim), by layer type; the sine's first half carries the rotation's sign."""
+class _Rotation:
+    """cos and sin of every position, (max_len, 1, head_dim) each; the sine's first half carries the rotation's sign."""
 
-    def __init__(self, module: nn.Module, max_len: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._module, self._dtype = module, dtype
-        self._positions = torch.arange(max_len, device=device)[None]
-        self._tables: dict[str | None, tuple[Tensor, Tensor]] = {}
+    def __init__(self, module: nn.Module, layer_type: str | None, max_len: int, dtype: torch.dtype) -> None:
+        inv_freq = getattr(module, f"{layer_type}_inv_freq" if layer_type else "inv_freq")
+        positions = torch.arange(max_len, device=inv_freq.device)
+        like = torch.empty(0, dtype=dtype, device=positions.device)
+        cos, sin = module(like, positions[None], *([layer_type] if layer_type else []))
+        half = sin.shape[-1] // 2
+        self._cos = cos[0][:, None]
+        self._sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)[:, None]
 
-    def of(self, layer_type: str) -> tuple[Tensor, Tensor]:
-        """The tables of layers of this type; families with one kind of rotation share one."""
-        kind = layer_type if hasattr(self._module, f"{layer_type}_inv_freq") else None
-        if kind not in self._tables:
-            like = torch.empty(0, dtype=self._dtype, device=self._positions.device)
-            cos, sin = self._module(like, self._positions, *([kind] if kind else []))
-            half = sin.shape[-1] // 2
-            sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
-            self._tables[kind] = cos[0][:, None], sin[0][:, None]
-        return self._tables[kind]
+    def __call__(self, heads: Tensor, step: AttentionStep) -> Tensor:
+        """Rotate (T, heads, head_dim) queries and keys to their positions."""
+        cos, sin = self.at(step)
+        return torch.addcmul(heads * cos, heads.roll(heads.shape[-1] // 2, -1), sin)
+
+    def at(self, step: AttentionStep) -> tuple[Tensor, Tensor]:
+        """(T, 1, head_dim) cos and sin of a step's positions, looked up once for all layers."""
+        if self not in step.memo:
+            step.memo[self] = self._cos[step.positions], self._sin[step.positions]
+        return step.memo[self]
+
+
+def _rotations(module: nn.Module, layer_types: Sequence[str], max_len: int, dtype: torch.dtype) -> list[_Rotation]:
+    """The rotation of each layer; layers of one kind share one, and most families have one kind."""
+    found: dict[str | None, _Rotation] = {}
+    rotations = []
+    for layer_type in layer_types:
+        kind = layer_type if hasattr(module, f"{layer_type}_inv_freq") else None
+        if kind not in found:
+            found[kind] = _Rotation(module, kind, max_len, dtype)
+        rotations.append(found[kind])
+    return rotations
 
 
 class _Layer:
     """norm → attention → (norm) → + → norm → MLP → (norm) → +."""
 
-    def __init__(self, layer: nn.Module, config, tables: _RotaryTables, packed: bool) -> None:
+    def __init__(self, layer: nn.Module, config, rotation: _Rotation, packed: bool, compiled: bool) -> None:
         attention, mlp = layer.self_attn, layer.mlp
+        self._row = _layer_weights(layer, config) if compiled else None
         self.number = attention.layer_idx
         self.head_dim = attention.head_dim
         self.num_heads = config.num_attention_heads
@@ -103,7 +129,7 @@ class _Layer:
             ),  # Mistral: in its configuration
             getattr(attention, "attn_logit_softcapping", None),
         )
-        self._cos, self._sin = tables.of((getattr(config, "layer_types", None) or {self.number: ""})[self.number])
+        self._rotate = rotation
         self._qkv = fuse([attention.q_proj, attention.k_proj, attention.v_proj], packed=packed)
         self._output = fuse([attention.o_proj], packed=packed)
         self._query_norm = _norm(getattr(attention, "q_norm", None))
@@ -119,10 +145,17 @@ class _Layer:
 
     def __call__(self, states: Tensor, step: AttentionStep) -> Tensor:
         """(T, d) → (T, d)."""
+        if self._row is not None and len(states) == 1 and isinstance(step, DecodeStep) and self._fits(step):
+            return layer_row(self._row, self.number, states, *self._rotate.at(step), step)
         mixed = self._attend(self._before_attention(states), step)
         states = _add(states, self._output, mixed, self._after_attention)
         gate, up = self._gate_up(self._before_mlp(states)).chunk(2, dim=-1)
         return _add(states, self._down, self._activation(gate) * up, self._after_mlp)
+
+    def _fits(self, step: DecodeStep) -> bool:
+        """Whether the compiled kernels can take it: they write through views, and know no window."""
+        window = self._scores.sliding_window
+        return step.cache.contiguous and (window is None or step.num_seen <= window)
 
     def _attend(self, states: Tensor, step: AttentionStep) -> Tensor:
         heads = self._qkv(states).view(len(states), -1, self.head_dim)  # (T, heads + 2 KV heads, head_dim)
@@ -130,20 +163,52 @@ class _Layer:
         if self._query_norm is not None:
             query, key = turned.split([self.num_heads, self.num_kv_heads], dim=1)
             turned = torch.cat([self._query_norm(query), self._key_norm(key)], dim=1)
-        turned = _rotate(turned, self._cos[step.positions], self._sin[step.positions])
-        query, key = turned.split([self.num_heads, self.num_kv_heads], dim=1)
+        query, key = self._rotate(turned, step).split([self.num_heads, self.num_kv_heads], dim=1)
         out = step.attend(self.number, query, key, value, self._scores)
         return out.reshape(len(states), -1)
+
+
+def _layer_weights(layer: nn.Module, config) -> LayerWeights:
+    """For `compiled`, before `fuse` takes the weights. Raises ModelError."""
+    attention, mlp = layer.self_attn, layer.mlp
+    fused = [
+        fused_weight(modules)
+        for modules in (
+            [attention.q_proj, attention.k_proj, attention.v_proj],
+            [attention.o_proj],
+            [mlp.gate_proj, mlp.up_proj],
+            [mlp.down_proj],
+        )
+    ]
+    odd = hasattr(attention, "q_norm") or hasattr(layer, "pre_feedforward_layernorm") or config.hidden_act != "silu"
+    if odd or any(weight is None for weight in fused) or fused[0].device.type != "cpu":
+        raise ModelError(
+            "--compile: only Llama's and Mistral's layers, with plain weights and on a CPU, have compiled kernels; start without it."
+        )
+    qkv, output, gate_up, down = fused
+    return LayerWeights(
+        layer.input_layernorm.weight.detach(),
+        qkv,
+        output,
+        layer.post_attention_layernorm.weight.detach(),
+        gate_up,
+        down,
+        config.rms_norm_eps,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        attention.scaling,
+    )
+
+
+def _head_weights(model: PreTrainedModel) -> tuple[Tensor, Tensor, float]:
+    """Norm, head and eps for `compiled.head_row`."""
+    norm = model.base_model.norm
+    return norm.weight.detach(), model.get_output_embeddings().weight.detach(), norm.variance_epsilon
 
 
 def _add(residual: Tensor, linear: Linear | Modules, states: Tensor, norm: Norm | None) -> Tensor:
     """residual + linear(states), normed first where the family does so."""
     return linear.add_to(residual, states) if norm is None else residual + norm(linear(states))
-
-
-def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of (T, heads, head_dim) by (T, 1, head_dim) tables."""
-    return torch.addcmul(heads * cos, heads.roll(heads.shape[-1] // 2, -1), sin)
 
 
 def _norm(module: nn.Module | None) -> Norm | None:
@@ -155,4 +220,8 @@ def _norm(module: nn.Module | None) -> Norm | None:
     if "Gemma" in type(module).__name__:
         shifted = 1.0 + weight.float()
         return lambda x: F.rms_norm(x.float(), shifted.shape, shifted, eps).to(x.dtype)
+    if weight.device.type == "cpu" and weight.dtype != torch.float32:
+        # The layer norm of (x, -x), whose mean is 0, is the RMS norm of x; it has one kernel here, the RMS norm eight.
+        doubled, width = torch.cat([weight, weight]), weight.shape[-1]
+        return lambda x: F.layer_norm(torch.cat([x, -x], dim=-1), doubled.shape, doubled, None, eps)[..., :width]
     return lambda x: F.rms_norm(x, weight.shape, weight, eps)

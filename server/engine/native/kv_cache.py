@@ -94,10 +94,12 @@ class KVCache(ABC):
 
     @abstractmethod
     def rows(self, pool: Tensor, slots: Sequence[int], length: int) -> Tensor:
-        """The first `length` positions of all slots from the first to the last of `slots`, or of `slots` alone, as `spread`
-        says: (rows, heads, length, width)."""
+        """The first `length` positions of several slots: (rows, heads, length, width).
 
-    spread: bool  # whether `rows` returns the slots between those asked for, too
+        Where the cache is `contiguous` a view, of all slots from the first to the last of `slots`; else a copy of those alone.
+        """
+
+    contiguous: bool  # whether a slot's positions lie one after the other, so that what is read is a view
     flash = False  # whether `paged_attention.attend_pages` can read the pools
 
     @abstractmethod
@@ -120,7 +122,7 @@ class KVCache(ABC):
 class RowCache(KVCache):
     """Pools of (num_slots, heads, max_len, width)."""
 
-    spread = True
+    contiguous = True
 
     def __init__(self, *args, **kwargs) -> None:
         self._regions: list[tuple[mmap.mmap | None, Tensor]] = []
@@ -177,7 +179,7 @@ class PagedCache(KVCache):
             the last slot, which is nobody's: rows that only fill a batch up write there.
     """
 
-    spread = False
+    contiguous = False
 
     def __init__(self, *args, num_pages: int, **kwargs) -> None:
         self._num_pages = num_pages
@@ -206,6 +208,7 @@ class PagedCache(KVCache):
     def release(self, slot: int) -> None:
         self._free.extend(reversed(self._pages[slot]))
         self._pages[slot] = []
+        self.table[slot] = 0  # what a shorter row sees of it, masked, must not be whoever gets the pages next
 
     def write(self, pool: Tensor, slots: Tensor, positions: Tensor, values: Tensor) -> None:
         pool[self.table[slots, positions // self.block_size].long(), positions % self.block_size] = values

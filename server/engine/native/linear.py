@@ -67,6 +67,17 @@ class Modules:
         return residual + self(states)
 
 
+def fused_weight(modules: Sequence[nn.Module]) -> Tensor | None:
+    """(sum of outs, in) of plain modules without biases; None where there is anything else."""
+    if not all(_plain(module) and module.bias is None for module in modules):
+        return None
+    return torch.cat([module.weight.detach() for module in modules])
+
+
+def _plain(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and type(module.weight) is nn.Parameter  # torchao swaps the weight's type only
+
+
 def fuse(modules: Sequence[nn.Module], *, packed: bool) -> Linear | Modules:
     """One map (T, in) → (T, sum of outs) of modules that share their input.
 
@@ -74,8 +85,8 @@ def fuse(modules: Sequence[nn.Module], *, packed: bool) -> Linear | Modules:
         modules: plain ones give their weights up, so that no weight is held twice.
         packed: reorder the weights for oneDNN; see `packing_works`.
     """
-    if not all(type(module) is nn.Linear and type(module.weight) is nn.Parameter for module in modules):
-        return Modules(modules)  # torchao keeps nn.Linear and swaps the weight's type
+    if not all(map(_plain, modules)):
+        return Modules(modules)
     weights = [module.weight.detach() for module in modules]
     biases = [module.bias for module in modules]
     weight = weights[0] if len(weights) == 1 else torch.cat(weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Mapping
 
 import torch
@@ -31,6 +32,7 @@ def load_engine(
     device: str = "auto",
     max_model_len: int | None = None,
     num_threads: int | None = None,
+    compiled: bool = False,
     observer: EngineObserver | None = None,
     **options: int | None,
 ) -> NativeEngine:
@@ -44,6 +46,7 @@ def load_engine(
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", …
         max_model_len: default: the model's own limit, at most 4096.
         num_threads: torch's CPU threads; default torch's.
+        compiled: see `compiled`; takes a C++ compiler, some ten seconds, and a second copy of the weights.
         options: the rest of `EngineOptions`.
     Raises:
         ModelError, ProfileError.
@@ -56,9 +59,9 @@ def load_engine(
     if length > limit:
         raise ModelError(f"--max-model-len {length} is more than the {limit} positions that {model} was made for.")
     loaded_profiles = [SteeringProfile.load(path, name) for name, path in profiles.items()]
-    decoder = make_decoder(loaded, length, lambda: load_model(model, dtype=dtype, device=device))
+    decoder = make_decoder(loaded, length, lambda: load_model(model, dtype=dtype, device=device), compiled=compiled)
     check_steering(decoder, loaded, loaded_profiles)
-    return NativeEngine(
+    engine = NativeEngine(
         decoder,
         loaded,
         loaded_profiles,
@@ -66,6 +69,9 @@ def load_engine(
         model_name=model,
         observer=observer,
     )
+    if compiled:
+        engine.warm_up()
+    return engine
 
 
 def load_model(model: str, *, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
@@ -85,12 +91,17 @@ def load_model(model: str, *, dtype: str = "auto", device: str = "auto") -> PreT
 
 
 def make_decoder(
-    model: PreTrainedModel, max_len: int = DEFAULT_MAX_MODEL_LEN, reload: Callable[[], PreTrainedModel] | None = None
+    model: PreTrainedModel,
+    max_len: int = DEFAULT_MAX_MODEL_LEN,
+    reload: Callable[[], PreTrainedModel] | None = None,
+    *,
+    compiled: bool = False,
 ) -> Decoder:
     """The fastest decoder that computes what transformers computes, for `max_len` positions. Takes the model over.
 
     Args:
         reload: gives the model once more, for where the fused forward turns out to differ.
+        compiled: run a lone decoding row by compiled kernels, or raise.
     Raises:
         ModelError: neither way computes it.
     """
@@ -99,9 +110,11 @@ def make_decoder(
     if odd or not model._supports_attention_backend:
         what = f"layers of type {', '.join(sorted(odd))}" if odd else "attention that cannot be replaced"
         raise ModelError(f"{name}: this architecture has {what}, which the native engine does not run.")
+    if compiled:
+        _check_compiler(model)
     wanted = reference_logits(model)
     if text_config(model).model_type in FAMILIES:
-        decoder: Decoder = FusedDecoder(model, max_len)
+        decoder: Decoder = FusedDecoder(model, max_len, compiled=compiled)
         error = decoder_error(decoder, wanted)
         if error < 1:
             return decoder
@@ -116,6 +129,16 @@ def make_decoder(
     if not error < 1:
         raise _differs(name, error)
     return decoder
+
+
+def _check_compiler(model: PreTrainedModel) -> None:
+    """Raise ModelError where `--compile` cannot work."""
+    from torch._inductor import config
+
+    if text_config(model).model_type not in FAMILIES:
+        raise ModelError(f"--compile: {type(model).__name__} has no compiled kernels; start without it.")
+    if not any(name and shutil.which(name) for name in config.cpp.cxx):
+        raise ModelError("--compile needs a C++ compiler such as g++; install one, or start without it.")
 
 
 def _differs(name: str, error: float) -> ModelError:
