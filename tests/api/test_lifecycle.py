@@ -292,3 +292,25 @@ async def test_one_log_line_a_request_without_its_text(served, caplog):
         assert part in lines[0]
     assert "reason=gate_open" in lines[1]
     assert not any("house" in line for line in lines)
+
+
+async def test_the_prefix_cache_is_seen_in_the_metrics(artifacts):
+    async with serving(artifacts, max_batched_tokens=32) as served:
+        text = "a shared beginning that is longer than a block of tokens, said twice " * 2
+        first = await served.chat(text, steer_gate="closed")
+        before = await metrics_of(served)
+        again = await served.chat(text, steer_gate="closed")
+        after = await metrics_of(served)
+        steered = await served.chat(text, steer_gate="open")
+        last = await metrics_of(served)
+    assert first.json()["choices"] == again.json()["choices"] != steered.json()["choices"]
+    for layers in ("lower", "upper"):
+        assert sample(before, "prefix_cache_hits_total", layers=layers) == 0
+        assert sample(after, "prefix_cache_hits_total", layers=layers) > 0
+        queries = [sample(text, "prefix_cache_queries_total", layers=layers) for text in (before, after, last)]
+        assert queries == [first.json()["usage"]["prompt_tokens"] * i for i in (1, 2, 3)]
+    for layers, grows in (("lower", True), ("upper", False)):  # what is steered finds only what is below the site
+        hits = [sample(text, "prefix_cache_hits_total", layers=layers) for text in (after, last)]
+        assert (hits[1] > hits[0]) == grows
+    assert 0 < sample(after, "prefix_cache_usage_perc") < sample(last, "prefix_cache_usage_perc") < 1
+    assert sample(after, "kv_cache_bytes") > 0 and sample(after, "num_preemptions_total") == 0

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests.tiny import tiny_profile
@@ -76,13 +76,17 @@ def _write_checkpoint(target: Path, model: str) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         LlamaForCausalLM(LlamaConfig(**_SHARED, **shape)).to(dtype).save_pretrained(target)
-    words = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>"])}
-    words |= {f"w{index}": index for index in range(len(words), shape["vocab_size"])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(target)
+    _tokenizer(shape["vocab_size"]).save_pretrained(target)
+
+
+def _tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """Bytes, and words without a meaning up to the model's size: text streams as from a real one."""
+    words = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    words += [f"\u0120w{index}" for index in range(len(words), vocab_size)]
+    tokenizer = Tokenizer(models.BPE({word: index for index, word in enumerate(words)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
 def _write_profile(source: Path, target: Path) -> None:

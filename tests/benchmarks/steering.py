@@ -22,6 +22,7 @@ from server.engine.base import GenerationRequest, SamplingOptions, TokenEvent
 from server.engine.native.build import EngineOptions, build_core
 from server.engine.native.core import EngineCore
 from server.engine.native.decoder import Decoder
+from server.engine.native.engine import NativeEngine
 from server.engine.native.load import load_model, make_decoder
 from steering.decision import ProfileActivation, SteeringOptions
 from steering.profile import SteeringProfile
@@ -50,6 +51,10 @@ class Bench:
             **{"max_model_len": CONTEXT, "max_batched_tokens": 4096, "prefix_cache_bytes": 0} | options
         )
         return build_core(self._decoder, self._model, [self._profile], limits)[0]
+
+    def engine(self) -> NativeEngine:
+        """The engine with its thread, and its own limits."""
+        return NativeEngine(self._decoder, self._model, [self._profile], EngineOptions(max_model_len=CONTEXT))
 
     def prompt(self, length: int = PROMPT_TOKENS) -> tuple[int, ...]:
         """A new random one."""
@@ -166,6 +171,35 @@ def http_cost(bench: Bench, folder: Path, model: str, core_number: int, repeats:
     yield f"32 streams over HTTP: {statistics.median(quotients):.3f} of the engine's own throughput"
 
 
+def event_loop_lag(bench: Bench) -> Iterator[str]:
+    """How late the event loop is while 32 streams run at full speed on the engine's thread."""
+
+    async def measure() -> list[float]:
+        engine = bench.engine()
+        await engine.start()
+        requests = [
+            GenerationRequest(str(i), bench.prompt(), SamplingOptions(NEW_TOKENS, temperature=0.0), OPEN)
+            for i in range(32)
+        ]
+
+        async def read(request: GenerationRequest) -> None:
+            async for _ in engine.generate(request):
+                pass
+
+        streams = asyncio.gather(*(read(request) for request in requests))
+        lags = []
+        while not streams.done():
+            before = time.perf_counter()
+            await asyncio.sleep(0.001)
+            lags.append(time.perf_counter() - before - 0.001)
+        await streams
+        await engine.stop()
+        return sorted(lags)
+
+    lags = asyncio.run(measure())
+    yield f"event-loop lag at 32 streams: median {1000 * lags[len(lags) // 2]:.2f} ms, p99 {1000 * lags[len(lags) * 99 // 100]:.2f} ms"
+
+
 async def stream(address: str, prompts: Sequence[tuple[int, ...]]) -> float:
     """Seconds until every prompt's stream has ended."""
 
@@ -203,6 +237,7 @@ def main() -> None:
             authors_order(bench, 4 * options.repeats),
             prefix_cache(bench, 20, options.repeats),
             steering_cost(bench, options.concurrency, options.repeats),
+            event_loop_lag(bench),
         ):
             for line in lines:
                 console.print(line, highlight=False)

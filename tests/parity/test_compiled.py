@@ -26,8 +26,13 @@ OPEN = ProfileActivation("p", 3.0, gate="open")
 )  # mistral's window of 8 is soon left, then the plain layers run
 def test_a_lone_row_says_what_transformers_says(family, monkeypatch):
     calls = []
-    layer = compiled._layer
-    monkeypatch.setattr(compiled, "_layer", lambda *args: calls.append(args[3].shape[1]) or layer(*args))
+    layer, head = compiled._kernels()
+
+    def counted(*args):
+        calls.append(args[3].shape[1])
+        return layer(*args)
+
+    monkeypatch.setattr(compiled, "_kernels", lambda: (counted, head))
     reference = tiny_model(family)
     profile = tiny_profile(reference, 1, name="p", strength=3.0)
     core = tiny_core(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -42,10 +42,14 @@ ASK = ProfileActivation("own", 3.0)
 
 @functools.cache
 def profile_of(name: str) -> SteeringProfile:
-    """`own…`: a vector for each prompt; `same…`: one vector. A number at the end is the layer, 1 if there is none."""
+    """`own…`: a vector for each prompt; `same…`: one vector; `equal…`: that of `same`, whatever the layer.
+
+    A number at the end is the layer, 1 if there is none.
+    """
     layer = int(name[-1]) if name[-1].isdigit() else 1
-    make = constant_profile if name.startswith("same") else tiny_profile
-    return make(reference_model(), layer, name=name, strength=3.0, seed=layer)
+    make = tiny_profile if name.startswith("own") else constant_profile
+    profile = make(reference_model(), layer, name=name, strength=3.0, seed=layer)
+    return replace(profile, experts=profile_of("same").experts) if name.startswith("equal") else profile
 
 
 @functools.cache
@@ -388,6 +392,18 @@ def test_the_same_prompt_steered_otherwise(first, then):
     for activation in (first, then, first):
         requests = [request("r", prompt(110, 51), activation)]
         assert_exact(answers(core, requests), requests)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"), list(itertools.permutations([(), ("equal0",), ("equal2",), ("equal0", "equal2")], 2))
+)
+def test_the_same_vector_at_another_site(first, then):
+    core = core_of("equal0", "equal2", max_batched_tokens=64)
+    for names, length in ((first, 75), (then, 110), (first, 97)):
+        activations = [ProfileActivation(name, 3.0, gate="open") for name in names]
+        requests = [request("r", prompt(length, 54), *activations)]
+        assert_exact(answers(core, requests), requests)
+    assert core.stats().prefix_cache_hits[0] > 0
 
 
 @pytest.mark.parametrize("activation", [SAME, SAME_LAST, OWN_LAST])

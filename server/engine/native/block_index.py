@@ -20,13 +20,20 @@ def chain(token_ids: Sequence[int], block_size: int, salt: bytes = b"", salted_f
     """
     keys, previous = [], b""
     for start in range(0, len(token_ids) - block_size + 1, block_size):
-        digest = hashlib.blake2b(previous, digest_size=16)
-        digest.update(array("q", token_ids[start : start + block_size]).tobytes())
-        if salt and start + block_size > salted_from:
-            digest.update(salt)
-        previous = digest.digest()
+        block = previous + array("q", token_ids[start : start + block_size]).tobytes()
+        salted = salt and start + block_size > salted_from
+        previous = _hash(block + salt if salted else block)
         keys.append(previous)
     return keys
+
+
+def digest(token_ids: Sequence[int]) -> bytes:
+    """A hash of a whole prompt."""
+    return _hash(array("q", token_ids).tobytes())
+
+
+def _hash(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 class BlockIndex:

@@ -59,9 +59,10 @@ def build_core(
     """
     device = decoder.device
     sites = sites_of(model, profiles, options.max_num_seqs)
-    state_size = decoder.hidden_size if sites else 0
+    shapes, state_size = decoder.kv_shapes(), decoder.hidden_size if sites else 0
     memory = plan_memory(
-        bytes_per_token(decoder.kv_shapes(), state_size, decoder.dtype),
+        bytes_per_token(shapes, state_size, decoder.dtype),
+        bytes_per_token(shapes, state_size * len(sites), decoder.dtype),
         options.max_num_seqs,
         options.max_model_len,
         options.kv_cache_bytes,

@@ -7,6 +7,8 @@ library's blocked products win: nothing is compiled for them.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +47,8 @@ def layer_row(weights: LayerWeights, number: int, states: Tensor, cos: Tensor, s
             torch._dynamo.mark_dynamic(tensor, 1)
         _known.add(layout)
     w = weights
-    return _layer(
+    layer, _ = _kernels()
+    return layer(
         states.float(), cos[0], sin[0], keys, values,
         w.attention_norm, w.qkv, w.output, w.mlp_norm, w.gate_up, w.down,
         w.eps, w.num_heads, w.num_kv_heads, w.scaling,
@@ -54,13 +57,19 @@ def layer_row(weights: LayerWeights, number: int, states: Tensor, cos: Tensor, s
 
 def head_row(states: Tensor, norm: Tensor, weight: Tensor, eps: float) -> Tensor:
     """(1, d) → (1, V) float32 logits."""
-    return _head(states.float(), norm, weight, eps)
+    _, head = _kernels()
+    return head(states.float(), norm, weight, eps)
 
 
 _known: set[tuple] = set()  # layouts whose length was said to vary: once is enough, and saying it takes time
 
 
-@torch.compile(dynamic=False)
+@functools.cache
+def _kernels() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Compiled layer and head. Made when first needed: the compiler takes seconds to import."""
+    return torch.compile(_layer, dynamic=False), torch.compile(_head, dynamic=False)
+
+
 def _layer(
     x,
     cos,
@@ -91,7 +100,6 @@ def _layer(
     return x + _product(down, F.silu(gate) * up)
 
 
-@torch.compile(dynamic=False)
 def _head(x, norm, weight, eps):
     return _product(weight, _norm(x, norm, eps))[None]
 

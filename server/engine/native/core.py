@@ -12,6 +12,7 @@ from server.engine.base import (
     EngineStats,
     GenerationError,
     GenerationRequest,
+    PromptTooLongError,
     SamplingOptions,
     TokenEvent,
 )
@@ -78,8 +79,11 @@ class EngineCore:
     ) -> dict[str, list[Result]]:
         """Carry requests out to their ends, without a thread: each one's events in order, by request id.
 
-        `on_result` is called with each as it comes.
+        `on_result` is called with each as it comes. Raises PromptTooLongError.
         """
+        longest = max((len(request.prompt_token_ids) for request in requests), default=0)
+        if longest >= self.max_model_len:
+            raise PromptTooLongError(f"a prompt has {longest} tokens; the limit is {self.max_model_len - 1}")
         found: dict[str, list[Result]] = {request.request_id: [] for request in requests}
         waiting = [SequenceGroup.of(request, lambda _: None) for request in reversed(requests)]
         while waiting or self.has_work:
@@ -148,10 +152,7 @@ class EngineCore:
                 self.scheduler.finish(sequence)
 
     def _fail(self, group: SequenceGroup, error: GenerationError) -> None:
-        """End one request with an error; what it holds may not be finite."""
-        for sequence in group.sequences:
-            if sequence.slot >= 0:
-                self.runner.cache.scrub(sequence.slot)
+        """End one request with an error."""
         self.scheduler.abort(group)
         self._results.append((group, error))
 

@@ -72,7 +72,7 @@ class FusedDecoder(Decoder):
     def logits(self, states: Tensor) -> Tensor:
         if self._row_head is not None and len(states) == 1:
             return head_row(states, *self._row_head)
-        logits = self._head(self._norm(states))
+        logits = self._head(self._norm(states.to(self.dtype)))  # a lone row's states are float32
         return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
 
 
@@ -147,6 +147,7 @@ class _Layer:
         """(T, d) → (T, d)."""
         if self._row is not None and len(states) == 1 and isinstance(step, DecodeStep) and self._fits(step):
             return layer_row(self._row, self.number, states, *self._rotate.at(step), step)
+        states = states.to(step.cache.dtype)
         mixed = self._attend(self._before_attention(states), step)
         states = _add(states, self._output, mixed, self._after_attention)
         gate, up = self._gate_up(self._before_mlp(states)).chunk(2, dim=-1)

@@ -81,10 +81,6 @@ class KVCache(ABC):
         """Give a slot's memory back; nothing of it is read before it is written again."""
 
     @abstractmethod
-    def scrub(self, slot: int) -> None:
-        """Call before `release` where a slot may hold NaN: not even a masked position may, since 0 · NaN is NaN."""
-
-    @abstractmethod
     def write(self, pool: Tensor, slots: Tensor, positions: Tensor, values: Tensor) -> None:
         """Store (T, heads, width) at `slots`, `positions`, (T,) int64 each."""
 
@@ -142,11 +138,8 @@ class RowCache(KVCache):
     def reserve(self, slot: int, length: int) -> None:
         pass
 
-    def scrub(self, slot: int) -> None:
-        pass
-
     def release(self, slot: int) -> None:
-        """Afterwards the slot reads as zeros, so there is nothing to scrub."""
+        """Afterwards the slot reads as zeros, so nothing non-finite is left for a masked position to spread."""
         for region, pool in self._regions:
             size = pool[slot].nbytes
             if region is None or size % mmap.PAGESIZE:
@@ -196,14 +189,13 @@ class PagedCache(KVCache):
         held = self._pages[slot]
         new = [self._free.pop() for _ in range(-(-length // self.block_size) - len(held))]
         if new:
-            pages = torch.tensor(new, dtype=torch.int32, device=self.device)
-            self.table[slot, len(held) : len(held) + len(new)] = pages
-            held += new
-
-    def scrub(self, slot: int) -> None:
-        if pages := self._pages[slot]:
+            pages = torch.tensor(new, device=self.device)
             for pool in (*self.keys, *self.values, *([] if self.states is None else [self.states])):
-                pool[pages] = 0
+                pool[pages] = (
+                    0  # whoever had them may have left NaN, and not even a masked position may be that: 0 · NaN is NaN
+                )
+            self.table[slot, len(held) : len(held) + len(new)] = pages.int()
+            held += new
 
     def release(self, slot: int) -> None:
         self._free.extend(reversed(self._pages[slot]))

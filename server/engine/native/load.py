@@ -42,7 +42,8 @@ def load_engine(
     Args:
         model: a folder or a hub id.
         profiles: name → folder or hub id, in the order in which they are to be listed.
-        dtype: "auto" (the checkpoint's; float16 becomes float32 on a CPU), or a torch dtype's name.
+        dtype: "auto" (the checkpoint's; on a CPU float32 for float16, and for bfloat16 where the processor has no kernels for
+            it), or a torch dtype's name.
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", …
         max_model_len: default: the model's own limit, at most 4096.
         num_threads: torch's CPU threads; default torch's.
@@ -167,4 +168,10 @@ def _dtype(dtype: str, config, place: torch.device) -> torch.dtype:
             raise ModelError(f"--dtype {dtype!r} is no floating-point dtype; use auto, float32, bfloat16 or float16.")
         return found
     stored = config.dtype or torch.float32
-    return torch.float32 if place.type == "cpu" and stored == torch.float16 else stored
+    slow = stored == torch.float16 or (stored == torch.bfloat16 and not _bfloat16_is_fast())
+    return torch.float32 if place.type == "cpu" and slow else stored
+
+
+def _bfloat16_is_fast() -> bool:
+    """Whether this processor has bfloat16 kernels, by oneDNN's own check."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -23,6 +23,7 @@ class MemoryPlan:
     num_cached_blocks: int
     block_size: int
     block_bytes: int
+    cached_block_bytes: int
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -30,11 +31,12 @@ class MemoryPlan:
 
     @property
     def prefix_cache_bytes(self) -> int:
-        return self.num_cached_blocks * self.block_bytes
+        return self.num_cached_blocks * self.cached_block_bytes
 
 
 def plan_memory(
     token_bytes: int,
+    cached_token_bytes: int,
     max_num_seqs: int,
     max_model_len: int,
     kv_cache_bytes: int | None,
@@ -43,6 +45,7 @@ def plan_memory(
 ) -> MemoryPlan:
     """From the operator's numbers, or where there are none from what the slots can use and the machine has free.
 
+    `token_bytes`: a position that runs; `cached_token_bytes`: one in the prefix cache, which keeps a state for every site.
     Raises ModelError where not even one sequence of `max_model_len` would fit.
     """
     block_size = BLOCK_SIZES[device.type]
@@ -58,8 +61,10 @@ def plan_memory(
             f"--max-model-len {max_model_len:,} needs ({-(-max_model_len // block_size) * block_bytes / 2**20:,.0f} MiB). "
             "Lower --max-model-len, or raise --kv-cache-memory."
         )
-    num_cached = int(prefix // block_bytes) if prefix_cache_bytes is not None else min(int(prefix // block_bytes), most)
-    return MemoryPlan(num_blocks, num_cached, block_size, block_bytes)
+    cached_block_bytes = cached_token_bytes * block_size
+    num_cached = int(prefix // cached_block_bytes)
+    num_cached = min(num_cached, most) if prefix_cache_bytes is None else num_cached
+    return MemoryPlan(num_blocks, num_cached, block_size, block_bytes, cached_block_bytes)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from server.engine.native.attention import DecodeStep, PrefillStep, Span
+from server.engine.native.block_index import digest
 from server.engine.native.cuda_graph import GraphedDecode
 from server.engine.native.decoder import Decoder
 from server.engine.native.kv_cache import KVCache
@@ -22,8 +23,10 @@ from server.engine.native.prefix_cache import PrefixCache
 from server.engine.native.sampler import Sampled, sample
 from server.engine.native.scheduler import Chunk
 from server.engine.native.sequence import Sequence, SequenceGroup
-from steering.decision import combine
-from steering.intervention import Site
+from steering.decision import SteeringOptions, combine
+from steering.intervention import Reading, Site
+
+MAX_READINGS = 1024  # prompts whose gate and vector are kept
 
 
 @dataclass
@@ -50,6 +53,7 @@ class Runner:
         self.cache = cache
         self.prefix_cache = PrefixCache(cache, self.segments, num_cached_blocks)
         self._graphed: GraphedDecode | None = None
+        self._readings: dict[tuple[int, bytes, SteeringOptions], Reading] = {}
 
     def enter(self, sequence: Sequence, segment: int) -> None:
         """Put a sequence at the start of a segment; what is cached of it counts as done."""
@@ -140,9 +144,7 @@ class Runner:
             for _, group in new:
                 group.steering.doses.append(None)
             if asking:
-                options = [group.request.steering for _, group in asking]
-                readings = self.sites[segment].read(states[[row for row, _ in asking]], options)
-                for (_, group), reading in zip(asking, readings, strict=True):
+                for (_, group), reading in zip(asking, self._read(segment, asking, states), strict=True):
                     group.steering.doses[segment] = reading.dose
                     group.steering.profiles.extend(reading.profiles)
                     group.steering.compute_ms += reading.compute_ms
@@ -154,6 +156,19 @@ class Runner:
             profiles = tuple(found[a.profile] for a in options.activations)
             group.decision = combine(options, profiles, group.steering.compute_ms)
         return [group for _, group in new]
+
+    def _read(self, site: int, asking: Seq[tuple[int, SequenceGroup]], states: Tensor) -> list[Reading]:
+        """What a site makes of queries, each with its row of `states`. A prompt that was read under the same options before
+        is answered from memory: in another batch its state is rounded otherwise, and so would be its vector and that one's key."""
+        keys = [(site, digest(group.request.prompt_token_ids), group.request.steering) for _, group in asking]
+        new = {key: row for key, (row, _) in zip(keys, asking, strict=True) if key not in self._readings}
+        if new:
+            readings = self.sites[site].read(states[list(new.values())], [options for _, _, options in new])
+            self._readings |= zip(new, readings, strict=True)
+        found = [self._readings[key] for key in keys]
+        while len(self._readings) > MAX_READINGS:
+            self._readings.pop(next(iter(self._readings)))  # the oldest
+        return found
 
     def _first_tokens(self, sequences: Seq[Sequence], states: Tensor) -> list[tuple[Sequence, Sampled]]:
         """The next token of each prefilled sequence, and of the completions that share its prompt."""
