@@ -66,6 +66,7 @@ def test_a_warm_up_leaves_no_trace():
     assert len(core.run([request])["r"]) == 2
 
 
+@needs_compiler
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma2"])
 def test_families_without_kernels_are_refused(family):
     with pytest.raises(ModelError, match="--compile: only Llama's and Mistral's"):

@@ -76,7 +76,7 @@ def build_core(
     limits = Limits(options.max_num_seqs, batched, options.max_waiting, memory.num_blocks, memory.block_size)
     with torch.inference_mode():
         runner = Runner(decoder, sites, cache, memory.num_cached_blocks)
-        if cache.flash:
+        if cache.flash and not decoder.softcapped:
             _record_graphs(runner)
     return EngineCore(runner, limits, options.max_model_len, observer), memory
 

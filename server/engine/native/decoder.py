@@ -28,8 +28,18 @@ class Decoder(ABC):
     num_heads: int
     hidden_size: int
     vocab_size: int
+    softcapped: bool  # whether attention's scores are, for which no paged kernel is to be had
     dtype: torch.dtype
     device: torch.device
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        config = text_config(model)
+        self.num_layers = config.num_hidden_layers
+        self.num_heads = config.num_attention_heads
+        self.hidden_size = config.hidden_size
+        self.vocab_size = config.vocab_size
+        self.softcapped = getattr(config, "attn_logit_softcapping", None) is not None
+        self.dtype, self.device = model.dtype, model.device
 
     @abstractmethod
     def kv_shapes(self) -> list[KVShape]:
@@ -56,12 +66,7 @@ class TransformersDecoder(Decoder):
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        config = text_config(model)
-        self.num_layers = config.num_hidden_layers
-        self.num_heads = config.num_attention_heads
-        self.hidden_size = config.hidden_size
-        self.vocab_size = config.vocab_size
-        self.dtype, self.device = model.dtype, model.device
+        super().__init__(model)
         _register()
         model.set_attn_implementation(ATTENTION)
         self._model = model.eval().requires_grad_(False)

@@ -37,12 +37,8 @@ class FusedDecoder(Decoder):
     """
 
     def __init__(self, model: PreTrainedModel, max_len: int, *, compiled: bool = False) -> None:
+        super().__init__(model)
         config, base = text_config(model), model.base_model
-        self.num_layers = config.num_hidden_layers
-        self.num_heads = config.num_attention_heads
-        self.hidden_size = config.hidden_size
-        self.vocab_size = config.vocab_size
-        self.dtype, self.device = model.dtype, model.device
         self._embed = base.embed_tokens
         packed = packing_works(self.dtype, self.device)
         layer_types = getattr(config, "layer_types", None) or [""] * self.num_layers

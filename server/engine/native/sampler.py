@@ -41,11 +41,9 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> list[Sampled]:
         uniforms = torch.tensor([sequences[row].random.random() for row in drawn], device=logits.device)
         tokens[drawn] = draw(logits[drawn], options, uniforms)
     logprobs = _logprobs(logits, tokens, [s.request.sampling for s in sequences])
-    # The one synchronisation of a step.
-    return [
-        Sampled(token, logprob, ok)
-        for token, logprob, ok in zip(tokens.tolist(), logprobs, finite.tolist(), strict=True)
-    ]
+    # The one synchronisation of a step, where nobody asks for log-probabilities.
+    chosen, sound = torch.stack([tokens, finite.long()]).tolist()
+    return [Sampled(*fields) for fields in zip(chosen, logprobs, map(bool, sound), strict=True)]
 
 
 def draw(logits: Tensor, options: list[SamplingOptions], uniforms: Tensor) -> Tensor:
