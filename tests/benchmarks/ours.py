@@ -1,13 +1,17 @@
-"""This project's engine through its public interface; run as a process by the orchestrator."""
+"""This project's engine, its loop driven directly, as the peers' are; run as a process by the orchestrator.
+
+What its thread and HTTP add is measured in `steering`.
+"""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from server.engine.base import Engine, GenerationRequest, SamplingOptions
+from server.engine.base import GenerationRequest, SamplingOptions, TokenEvent
+from server.engine.native.core import EngineCore
 from server.engine.native.load import load_engine
+from server.engine.native.sequence import SequenceGroup
 from steering.decision import GateMode, ProfileActivation, SteeringOptions
 from tests.benchmarks.protocol import CONTEXT_LENGTH, RoundReply, RoundRequest, Steering, Stopwatch, arguments, serve
 
@@ -29,33 +33,26 @@ def load() -> Iterator[Callable[[RoundRequest], RoundReply]]:
         num_threads=options.threads,
         compiled=options.compile,
     )
-    with asyncio.Runner() as runner:
-        runner.run(engine.start())
-        yield lambda request: runner.run(play(engine, request))
-        runner.run(engine.stop())
+    yield lambda request: play(engine._core, engine.info.vocab_size, request)
 
 
-async def play(engine: Engine, request: RoundRequest) -> RoundReply:
+def play(core: EngineCore, vocab_size: int, request: RoundRequest) -> RoundReply:
     """One round; raises where a request was not steered as the round asks."""
     sampling = SamplingOptions(max_tokens=request.new_tokens, temperature=0.0)
     steering = SteeringOptions()
     if request.steering != "off":
         steering = SteeringOptions((ProfileActivation(PROFILE, strength=1.0, gate=GATES[request.steering]),))
-    requests = [
-        GenerationRequest(f"{request.seed}-{index}", tuple(prompt), sampling, steering)
-        for index, prompt in enumerate(request.prompts(engine.info.vocab_size))
-    ]
-
-    async def read(index: int) -> None:
-        async for event in engine.generate(requests[index]):
-            stopwatch.count(index)
+    stopwatch = Stopwatch(request.concurrency)
+    for index, prompt in enumerate(request.prompts(vocab_size)):
+        asked = GenerationRequest(str(index), tuple(prompt), sampling, steering)
+        core.add(SequenceGroup.of(asked, lambda _: None))
+    while core.has_work:
+        for group, event in core.step():
+            if not isinstance(event, TokenEvent):
+                raise RuntimeError(str(event))
+            stopwatch.count(int(group.request.request_id))
             if event.decision is not None and event.decision.applied != (request.steering == "open"):
                 raise RuntimeError(f"steering is {request.steering}, but the engine says {event.decision.reason}")
-
-    stopwatch = Stopwatch(request.concurrency)
-    async with asyncio.TaskGroup() as group:
-        for index in range(request.concurrency):
-            group.create_task(read(index))
     return stopwatch.reply()
 
 
