@@ -137,11 +137,7 @@ class DecodeStep(AttentionStep):
         self.slots = torch.tensor(slots, device=cache.device)
         self.lengths = torch.tensor(lengths, device=cache.device)
         self._slots, self._longest = list(slots), max(lengths)
-        self._even = min(lengths) == self._longest
-        # Rows between the decoding ones, of slots that do not decode now: they get a zero query and are thrown away.
-        self._num_rows = slots[-1] - slots[0] + 1 if cache.contiguous else len(slots)
-        self._where = self.slots - slots[0] if self._num_rows != len(slots) else None
-        self._masks: dict[tuple[int | None, int], Tensor | None] = {}
+        self._runs = [_Run(self, slice(*ends), slots, lengths) for ends in _runs(slots, lengths)]
 
     @cached_property
     def positions(self) -> Tensor:
@@ -169,8 +165,54 @@ class DecodeStep(AttentionStep):
         return starts, 1, self.lengths.int(), self.cache.table[self.slots]
 
     def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
-        k = self.cache.rows(self.cache.keys[layer], self._slots, self._longest)  # (B, KV heads, L, ·)
-        v = self.cache.rows(self.cache.values[layer], self._slots, self._longest)
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        parts = [run.attend(self.cache, keys, values, query[run.rows], scores) for run in self._runs]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+# One more call costs about as much as so many positions of one row.
+CALL_POSITIONS = 256
+
+
+def _runs(slots: Sequence[int], lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Cuts of the rows into runs that attend together, each padded to its longest: the fewest padded positions and calls."""
+    if max(lengths) < 2 * min(lengths) + CALL_POSITIONS:
+        return [(0, len(slots))]
+    costs, cuts = [0], [0]
+    for end in range(1, len(slots) + 1):
+        longest, found = 0, []
+        for begin in range(end - 1, -1, -1):
+            longest = max(longest, lengths[begin])
+            padded = longest * (slots[end - 1] - slots[begin] + 1)  # the slots in between are read, too
+            found.append((costs[begin] + CALL_POSITIONS + padded, begin))
+        cost, begin = min(found)
+        costs.append(cost)
+        cuts.append(begin)
+    runs, end = [], len(slots)
+    while end:
+        runs.append((cuts[end], end))
+        end = cuts[end]
+    return runs[::-1]
+
+
+class _Run:
+    """Rows that attend together. `rows`: which of the step's."""
+
+    def __init__(self, step: DecodeStep, rows: slice, slots: Sequence[int], lengths: Sequence[int]) -> None:
+        self.rows = rows
+        self._slots, own = slots[rows], lengths[rows]
+        self._longest = max(own)
+        self._even = min(own) == self._longest
+        self._lengths = step.lengths[rows]
+        # Rows between these, of slots that do not decode now: they get a zero query and are thrown away.
+        contiguous = step.cache.contiguous
+        self._num_rows = self._slots[-1] - self._slots[0] + 1 if contiguous else len(self._slots)
+        self._where = step.slots[rows] - self._slots[0] if self._num_rows != len(self._slots) else None
+        self._masks: dict[tuple[int | None, int], Tensor | None] = {}
+
+    def attend(self, cache: KVCache, keys: Tensor, values: Tensor, query: Tensor, scores: Scores) -> Tensor:
+        """(D, heads, ·) → (D, heads, ·), against one layer's pools."""
+        k, v = (cache.rows(pool, self._slots, self._longest) for pool in (keys, values))  # (B, KV heads, L, ·)
         num_rows, heads, head_dim = query.shape
         kv_heads = k.shape[1]
         # The query heads that share a KV head are folded into the query axis, so no key is repeated.
@@ -193,7 +235,7 @@ class DecodeStep(AttentionStep):
         windowed = sliding_window is not None and sliding_window < self._longest
         if self._even and self._where is None and not windowed:
             return None
-        lengths = self.lengths
+        lengths = self._lengths
         if self._where is not None:
             lengths = lengths.new_ones(self._num_rows).index_copy_(0, self._where, lengths)
         index = torch.arange(self._longest, device=lengths.device)
