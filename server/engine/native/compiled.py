@@ -94,10 +94,11 @@ def _layer(
     query, key, value = turned[:num_heads], turned[num_heads:], heads[num_heads + num_kv_heads :]
     keys[:, -1] = key.to(keys.dtype)
     values[:, -1] = value.to(values.dtype)
-    mixed = _attend(query.view(num_kv_heads, -1, head_dim) * scaling, keys, values)
-    x = x + _product(output, mixed.flatten())
+    query = _stored(query * scaling).view(num_kv_heads, -1, head_dim)
+    mixed = _attend(query, keys, values)
+    x = _stored(x + _product(output, _stored(mixed.flatten())))
     gate, up = _product(gate_up, _norm(x, mlp_norm, eps)).chunk(2)
-    return x + _product(down, F.silu(gate) * up)
+    return x + _product(down, _stored(F.silu(gate) * up))
 
 
 def _head(x, norm, weight, eps):
@@ -111,7 +112,12 @@ def _product(weight: Tensor, x: Tensor) -> Tensor:
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS norm of (1, d) → (d,)."""
-    return x[0] * torch.rsqrt(x.square().mean() + eps) * weight.float()
+    return _stored(x[0] * torch.rsqrt(x.square().mean() + eps) * weight.float())
+
+
+def _stored(x: Tensor) -> Tensor:
+    """`x`, written to memory: else the compiler computes it again for every row of what reads it."""
+    return x.as_strided(x.shape, x.stride())
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ pool, read through a block table (`PagedCache`). How many blocks may be in use a
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -131,6 +132,10 @@ class RowCache(KVCache):
         else:  # address space that takes memory page by page, when written
             size = torch.Size(shape).numel() * self.dtype.itemsize
             region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
+            with contextlib.suppress(
+                OSError
+            ):  # a kernel without huge pages; with them a first token would take 2 MiB a layer
+                region.madvise(mmap.MADV_NOHUGEPAGE)
             pool = torch.frombuffer(region, dtype=self.dtype).view(shape)
         self._regions.append((region, pool))
         return pool
