@@ -89,9 +89,8 @@ class Site:
         """
         started = time.perf_counter()
         decisions: list[list[ProfileDecision]] = [[] for _ in options]
-        doses: list[list[tuple[Tensor, bool]]] = [
-            [] for _ in options
-        ]  # those that act, and whether on the whole prompt
+        # Vectors that act, and whether on the whole prompt.
+        doses: list[list[tuple[Tensor, bool]]] = [[] for _ in options]
         for profile in self._profiles:
             asked = [(i, a) for i, o in enumerate(options) for a in o.activations if a.profile == profile.name]
             if not asked:

@@ -296,3 +296,15 @@ def test_score_decides_as_generation_does_and_generates_nothing(layers):
     assert core.stats().num_running == 0 and core.stats().kv_cache_usage == 0
     generated = run(profiles, [request])["r"].decision
     assert [p.gate for p in scored.profiles] == pytest.approx([p.gate for p in generated.profiles], abs=1e-5)
+
+
+def test_a_reading_from_memory_is_the_same_and_took_no_time():
+    profile = tiny_profile(reference_model(), 1, name="p", strength=3.0)
+    core = tiny_core([profile])
+    first, again = (
+        answers(core, [asked("r", PROMPTS[0], ProfileActivation("p", 3.0))])["r"].decision for _ in range(2)
+    )
+    assert first.compute_ms > 0 and again.compute_ms == 0
+    assert first.profiles == again.profiles
+    other = answers(core, [asked("r", PROMPTS[0], ProfileActivation("p", 2.0))])["r"].decision
+    assert other.compute_ms > 0, "other options are another reading"

@@ -30,10 +30,8 @@ class Scores:
 
 
 class AttentionStep(ABC):
-    """One pass's rows. `slots`, `positions`: (T,) int64 on the device."""
+    """One pass's rows, as a decoder sees them. `positions`: (T,) int64 on the device."""
 
-    cache: KVCache
-    slots: Tensor
     positions: Tensor
 
     @cached_property
@@ -41,8 +39,18 @@ class AttentionStep(ABC):
         """What layers share in this pass, by whoever made it: positions' rotations, say."""
         return {}
 
+    @abstractmethod
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
-        """Store (T, KV heads, ·) keys and values, attend with (T, heads, ·) queries; returns (T, heads, ·)."""
+        """Take note of (T, KV heads, ·) keys and values, attend with (T, heads, ·) queries; returns (T, heads, ·)."""
+
+
+class CachedStep(AttentionStep):
+    """One whose keys and values go to a KV cache. `slots`: (T,) int64 on the device."""
+
+    cache: KVCache
+    slots: Tensor
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         self.cache.write(self.cache.keys[layer], self.slots, self.positions, key)
         self.cache.write(self.cache.values[layer], self.slots, self.positions, value)
         if self.cache.flash and scores.softcap is None:
@@ -75,7 +83,7 @@ class Span:
     stop: int
 
 
-class PrefillStep(AttentionStep):
+class PrefillStep(CachedStep):
     """Chunks of prompts, each attending causally to its slot's earlier positions and to itself."""
 
     def __init__(self, cache: KVCache, spans: Sequence[Span]) -> None:
@@ -125,7 +133,7 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor
     return out.flatten(0, 1).transpose(0, 1)
 
 
-class DecodeStep(AttentionStep):
+class DecodeStep(CachedStep):
     """One row each of D sequences, attending to its slot's `lengths` positions, its own included.
 
     Args:

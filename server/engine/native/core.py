@@ -97,7 +97,7 @@ class EngineCore:
     def warm_up(self) -> None:
         """Run a request that nobody sees."""
         observer, self._observer = self._observer, None
-        prompt = tuple(range(min(4, self.max_model_len - 3)))
+        prompt = tuple(range(max(1, min(4, self.max_model_len - 3))))
         self.run([GenerationRequest("warm-up", prompt, SamplingOptions(max_tokens=3, temperature=0.0))])
         self.runner.prefix_cache.stats = PrefixCacheStats()
         self._observer = observer

@@ -130,11 +130,6 @@ class _ShapeProbe(AttentionStep):
         self.shapes[layer] = KVShape(key.shape[1], key.shape[2], value.shape[2])
         return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
 
-    def _attend(self, *_: object) -> Tensor:
-        raise NotImplementedError
-
-    pages = None
-
 
 def _packed_attention(
     module: nn.Module,

@@ -118,13 +118,11 @@ class _Layer:
         self.head_dim = attention.head_dim
         self.num_heads = config.num_attention_heads
         self.num_kv_heads = config.num_key_value_heads
-        self._scores = Scores(
-            attention.scaling,
-            getattr(
-                attention, "sliding_window", getattr(config, "sliding_window", None)
-            ),  # Mistral: in its configuration
-            getattr(attention, "attn_logit_softcapping", None),
-        )
+        self._dtype = layer.input_layernorm.weight.dtype
+        window = getattr(
+            attention, "sliding_window", getattr(config, "sliding_window", None)
+        )  # Mistral's is the latter
+        self._scores = Scores(attention.scaling, window, getattr(attention, "attn_logit_softcapping", None))
         self._rotate = rotation
         self._qkv = fuse([attention.q_proj, attention.k_proj, attention.v_proj], packed=packed)
         self._output = fuse([attention.o_proj], packed=packed)
@@ -143,7 +141,7 @@ class _Layer:
         """(T, d) → (T, d)."""
         if self._row is not None and len(states) == 1 and isinstance(step, DecodeStep) and self._fits(step):
             return layer_row(self._row, self.number, states, *self._rotate.at(step), step)
-        states = states.to(step.cache.dtype)
+        states = states.to(self._dtype)
         mixed = self._attend(self._before_attention(states), step)
         states = _add(states, self._output, mixed, self._after_attention)
         gate, up = self._gate_up(self._before_mlp(states)).chunk(2, dim=-1)

@@ -117,26 +117,23 @@ class KVCache(ABC):
 
 
 class RowCache(KVCache):
-    """Pools of (num_slots, heads, max_len, width)."""
+    """Pools of (num_slots, heads, max_len, width), on a CPU."""
 
     contiguous = True
 
     def __init__(self, *args, **kwargs) -> None:
-        self._regions: list[tuple[mmap.mmap | None, Tensor]] = []
+        self._regions: list[tuple[mmap.mmap, Tensor]] = []
         super().__init__(*args, **kwargs)
 
     def _pool(self, heads: int, width: int) -> Tensor:
         shape = (self.num_slots, heads, self.blocks_per_slot * self.block_size, width)
-        if self.device.type != "cpu":
-            region, pool = None, torch.zeros(shape, dtype=self.dtype, device=self.device)
-        else:  # address space that takes memory page by page, when written
-            size = torch.Size(shape).numel() * self.dtype.itemsize
-            region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
-            with contextlib.suppress(
-                OSError
-            ):  # a kernel without huge pages; with them a first token would take 2 MiB a layer
-                region.madvise(mmap.MADV_NOHUGEPAGE)
-            pool = torch.frombuffer(region, dtype=self.dtype).view(shape)
+        size = torch.Size(shape).numel() * self.dtype.itemsize
+        # Address space that takes memory page by page, when written. Pages must be small: in huge ones a sequence's first token
+        # would take 2 MiB a layer. A kernel that has none refuses to be told so.
+        region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
+        with contextlib.suppress(OSError):
+            region.madvise(mmap.MADV_NOHUGEPAGE)
+        pool = torch.frombuffer(region, dtype=self.dtype).view(shape)
         self._regions.append((region, pool))
         return pool
 
@@ -147,7 +144,7 @@ class RowCache(KVCache):
         """Afterwards the slot reads as zeros, so nothing non-finite is left for a masked position to spread."""
         for region, pool in self._regions:
             size = pool[slot].nbytes
-            if region is None or size % mmap.PAGESIZE:
+            if size % mmap.PAGESIZE:
                 pool[slot] = 0
             else:
                 region.madvise(mmap.MADV_DONTNEED, slot * size, size)
@@ -195,10 +192,9 @@ class PagedCache(KVCache):
         new = [self._free.pop() for _ in range(-(-length // self.block_size) - len(held))]
         if new:
             pages = torch.tensor(new, device=self.device)
+            # Whoever had them may have left NaN, and not even a masked position may be that: 0 · NaN is NaN.
             for pool in (*self.keys, *self.values, *([] if self.states is None else [self.states])):
-                pool[pages] = (
-                    0  # whoever had them may have left NaN, and not even a masked position may be that: 0 · NaN is NaN
-                )
+                pool[pages] = 0
             self.table[slot, len(held) : len(held) + len(new)] = pages.int()
             held += new
 

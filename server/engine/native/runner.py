@@ -9,7 +9,7 @@ decides it. With several sites each decides on states that the sites below have 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -165,7 +165,7 @@ class Runner:
         if new:
             readings = self.sites[site].read(states[list(new.values())], [options for _, _, options in new])
             self._readings |= zip(new, readings, strict=True)
-        found = [self._readings[key] for key in keys]
+        found = [self._readings[key] if key in new else replace(self._readings[key], compute_ms=0.0) for key in keys]
         while len(self._readings) > MAX_READINGS:
             self._readings.pop(next(iter(self._readings)))  # the oldest
         return found
