@@ -124,7 +124,9 @@ async def test_cutting_before_the_first_byte_frees_the_queue(artifacts, monkeypa
         monkeypatch.setattr(core, "step", slow)
         first = Connection(served.app, "/v1/chat/completions", LONG | {"stream": True})
         queued = Connection(served.app, "/v1/chat/completions", LONG | {"stream": True})
-        tasks = [asyncio.create_task(connection.run()) for connection in (first, queued)]
+        tasks = [asyncio.create_task(first.run())]
+        await until(lambda: served.engine.stats().num_running == 1)  # else the two may enter in either order
+        tasks.append(asyncio.create_task(queued.run()))
         await until(lambda: served.engine.stats().num_waiting == 1)
         queued.cut()
         await asyncio.wait_for(tasks[1], 5)
