@@ -54,7 +54,7 @@ def serve(
         bool,
         typer.Option(
             "--compile",
-            help="Compile a lone request's decoding (Llama and Mistral on a CPU; needs g++, takes twice the weights).",
+            help="Compile decoding (Llama and Mistral on a CPU; needs g++, twenty seconds at start, memory for the weights twice).",
         ),
     ] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",

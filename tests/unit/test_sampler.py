@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from server.engine.base import GenerationRequest, SamplingOptions
-from server.engine.native.sampler import adjust, draw
+from server.engine.native.sampler import adjust, draw, likeliest
 from server.engine.native.sequence import SequenceGroup
 
 LOGITS = torch.log(torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2]))
@@ -61,3 +61,14 @@ def test_penalties_follow_their_definitions():
     assert (
         adjust(logits, sequence([0], [1, 2], min_tokens=2, stop_token_ids=frozenset({4}))).tolist() == logits.tolist()
     )
+
+
+@pytest.mark.parametrize("vocab_size", [192, 200])
+def test_the_likeliest_is_the_first_of_the_largest(vocab_size):
+    logits = torch.randint(-20, 20, (50, vocab_size), generator=torch.Generator().manual_seed(3)).float()  # many ties
+    logits[7] = -torch.inf
+    logits[9, 130] = torch.nan
+    largest, tokens = likeliest(logits)
+    assert torch.equal(tokens, logits.argmax(dim=-1))
+    assert torch.equal(largest.isfinite(), logits.amax(dim=-1).isfinite())
+    assert not largest[7].isfinite() and not largest[9].isfinite()

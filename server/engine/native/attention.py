@@ -163,6 +163,11 @@ class DecodeStep(CachedStep):
         return self.cache.read(pool, self._slots[0], self._longest)
 
     @property
+    def uniform(self) -> bool:
+        """Whether all rows attend in one call, padded to the longest."""
+        return len(self._runs) == 1
+
+    @property
     def num_seen(self) -> int:
         """Positions that the longest sequence has."""
         return self._longest

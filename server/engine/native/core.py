@@ -95,10 +95,11 @@ class EngineCore:
         return found
 
     def warm_up(self) -> None:
-        """Run a request that nobody sees."""
+        """Run requests that nobody sees: two rows at once, then, since the second is longer, a lone one."""
         observer, self._observer = self._observer, None
         prompt = tuple(range(max(1, min(4, self.max_model_len - 3))))
-        self.run([GenerationRequest("warm-up", prompt, SamplingOptions(max_tokens=3, temperature=0.0))])
+        options = [SamplingOptions(length, temperature=0.0) for length in (3, 4)]
+        self.run([GenerationRequest(f"warm-up-{o.max_tokens}", prompt, o) for o in options])
         self.runner.prefix_cache.stats = PrefixCacheStats()
         self._observer = observer
 

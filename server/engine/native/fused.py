@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from server.engine.native.attention import AttentionStep, DecodeStep, Scores
-from server.engine.native.compiled import LayerWeights, head_row, layer_row
+from server.engine.native.compiled_row import LayerWeights, head_row, layer_row
+from server.engine.native.compiled_rows import handle, layer_rows
 from server.engine.native.decoder import Decoder
 from server.engine.native.kv_cache import KVShape
-from server.engine.native.linear import Linear, Modules, fuse, fused_weight, packing_works
+from server.engine.native.linear import Linear, Modules, PackedLinear, fuse, fused_weight, packing_works
 from steering.architecture import decoder_layers, text_config
 from steering.errors import ModelError
 
@@ -32,8 +33,8 @@ class FusedDecoder(Decoder):
     Args:
         model: gives its weights up, all but the embeddings; its own forward works no more.
         max_len: positions for which rotary tables are made.
-        compiled: run a lone decoding row by `compiled`'s kernels; a second copy of the weights is kept for them. Raises
-            ModelError where the model has what they do not know.
+        compiled: decode by the kernels of `compiled_row` and `compiled_rows`; the former keep a second copy of the weights.
+            Raises ModelError where the model has what they do not know.
     """
 
     def __init__(self, model: PreTrainedModel, max_len: int, *, compiled: bool = False) -> None:
@@ -113,7 +114,7 @@ class _Layer:
 
     def __init__(self, layer: nn.Module, config, rotation: _Rotation, packed: bool, compiled: bool) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self._row = _layer_weights(layer, config) if compiled else None
+        self._weights = _layer_weights(layer, config) if compiled else None
         self.number = attention.layer_idx
         self.head_dim = attention.head_dim
         self.num_heads = config.num_attention_heads
@@ -136,11 +137,17 @@ class _Layer:
         self._after_attention = _norm(layer.post_attention_layernorm) if sandwiched else None
         self._before_mlp = _norm(layer.pre_feedforward_layernorm if sandwiched else layer.post_attention_layernorm)
         self._after_mlp = _norm(layer.post_feedforward_layernorm) if sandwiched else None
+        products = self._qkv, self._output, self._gate_up, self._down
+        packed = self._weights is not None and all(isinstance(product, PackedLinear) for product in products)
+        self._handles = tuple(map(handle, products)) if packed else None
 
     def __call__(self, states: Tensor, step: AttentionStep) -> Tensor:
         """(T, d) → (T, d)."""
-        if self._row is not None and len(states) == 1 and isinstance(step, DecodeStep) and self._fits(step):
-            return layer_row(self._row, self.number, states, *self._rotate.at(step), step)
+        if self._weights is not None and isinstance(step, DecodeStep) and self._fits(step):
+            if len(states) == 1:
+                return layer_row(self._weights, self.number, states, *self._rotate.at(step), step)
+            if self._handles is not None:
+                return layer_rows(self._weights, self._handles, self.number, states, *self._rotate.at(step), step)
         states = states.to(self._dtype)
         mixed = self._attend(self._before_attention(states), step)
         states = _add(states, self._output, mixed, self._after_attention)
@@ -148,9 +155,9 @@ class _Layer:
         return _add(states, self._down, self._activation(gate) * up, self._after_mlp)
 
     def _fits(self, step: DecodeStep) -> bool:
-        """Whether the compiled kernels can take it: they write through views, and know no window."""
+        """Whether the compiled kernels can take it: they write through views, pad all rows alike, and know no window."""
         window = self._scores.sliding_window
-        return step.cache.contiguous and (window is None or step.num_seen <= window)
+        return step.cache.contiguous and step.uniform and (window is None or step.num_seen <= window)
 
     def _attend(self, states: Tensor, step: AttentionStep) -> Tensor:
         heads = self._qkv(states).view(len(states), -1, self.head_dim)  # (T, heads + 2 KV heads, head_dim)

@@ -47,7 +47,7 @@ def load_engine(
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", …
         max_model_len: default: the model's own limit, at most 4096.
         num_threads: torch's CPU threads; default torch's.
-        compiled: see `compiled`; takes a C++ compiler, some ten seconds, and a second copy of the weights.
+        compiled: decode by compiled kernels; takes a C++ compiler, some twenty seconds, and a second copy of the weights.
         options: the rest of `EngineOptions`.
     Raises:
         ModelError, ProfileError.
@@ -102,7 +102,7 @@ def make_decoder(
 
     Args:
         reload: gives the model once more, for where the fused forward turns out to differ.
-        compiled: run a lone decoding row by compiled kernels, or raise.
+        compiled: decode by compiled kernels, or raise.
     Raises:
         ModelError: neither way computes it.
     """

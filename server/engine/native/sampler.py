@@ -11,6 +11,8 @@ from torch import Tensor
 from server.engine.base import SamplingOptions, TokenLogprobs
 from server.engine.native.sequence import Sequence
 
+BLOCK = 64
+
 
 @dataclass(frozen=True)
 class Sampled:
@@ -29,12 +31,13 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> list[Sampled]:
         sequences: S of them; each one's random stream advances by one draw if it samples.
     """
     logits = logits.float()
-    finite = logits.amax(dim=-1).isfinite()
+    largest, tokens = likeliest(logits)
+    finite = largest.isfinite()
     if adjusted := [row for row, sequence in enumerate(sequences) if _adjusts(sequence)]:
         logits = logits.clone()
         for row in adjusted:
             logits[row] = adjust(logits[row], sequences[row])
-    tokens = logits.argmax(dim=-1)
+            tokens[row] = logits[row].argmax()
     drawn = [row for row, s in enumerate(sequences) if s.request.sampling.temperature > 0]
     if drawn:
         options = [sequences[row].request.sampling for row in drawn]
@@ -44,6 +47,19 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> list[Sampled]:
     # The one synchronisation of a step, where nobody asks for log-probabilities.
     chosen, sound = torch.stack([tokens, finite.long()]).tolist()
     return [Sampled(*fields) for fields in zip(chosen, logprobs, map(bool, sound), strict=True)]
+
+
+def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """(S, V) → each row's largest value and the first index that has it, (S,) each; a NaN counts as the largest.
+
+    By blocks, since torch finds a maximum several times as fast as its place (4 ms for 32 rows of 150,000 on a CPU).
+    """
+    if logits.shape[-1] % BLOCK:
+        return logits.max(dim=-1)
+    blocks = logits.unflatten(-1, (-1, BLOCK))
+    largest, block = blocks.amax(dim=-1).max(dim=-1)
+    within = blocks[torch.arange(len(block), device=block.device), block].argmax(dim=-1)
+    return largest, block * BLOCK + within
 
 
 def draw(logits: Tensor, options: list[SamplingOptions], uniforms: Tensor) -> Tensor:

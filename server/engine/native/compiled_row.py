@@ -2,7 +2,7 @@
 
 A lone request reads every weight for one product each, so its speed is memory's. The library's products reach about two
 thirds of that; these loops do better, and there is one call a layer where there were twenty-five. For several rows the
-library's blocked products win: nothing is compiled for them.
+library's blocked products win: see `compiled_rows`.
 """
 
 from __future__ import annotations
