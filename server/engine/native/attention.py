@@ -51,18 +51,28 @@ class CachedStep(AttentionStep):
     slots: Tensor
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+        self.write(layer, key, value)
+        if self._flash(scores):
+            return self._attend_pages(layer, query, scores)
+        return self._attend(layer, query, key, value, scores)
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Take note of a layer's (T, KV heads, ·) keys and values."""
         self.cache.write(self.cache.keys[layer], self.slots, self.positions, key)
         self.cache.write(self.cache.values[layer], self.slots, self.positions, value)
-        if self.cache.flash and scores.softcap is None:
-            return attend_pages(
-                query,
-                self.cache.keys[layer],
-                self.cache.values[layer],
-                *self.pages,
-                scaling=scores.scaling,
-                sliding_window=scores.sliding_window,
-            )
-        return self._attend(layer, query, key, value, scores)
+
+    def _flash(self, scores: Scores) -> bool:
+        return self.cache.flash and scores.softcap is None
+
+    def _attend_pages(self, layer: int, query: Tensor, scores: Scores) -> Tensor:
+        return attend_pages(
+            query,
+            self.cache.keys[layer],
+            self.cache.values[layer],
+            *self.pages,
+            scaling=scores.scaling,
+            sliding_window=scores.sliding_window,
+        )
 
     @property
     @abstractmethod
@@ -75,16 +85,20 @@ class CachedStep(AttentionStep):
 
 @dataclass(frozen=True)
 class Span:
-    """Packed rows from `row` on hold a slot's positions from `start` to `stop`."""
+    """Packed rows from `row` on hold a slot's positions from `start` to `stop`; `last`: there the prompt ends."""
 
     row: int
     slot: int
     start: int
     stop: int
+    last: bool
 
 
 class PrefillStep(CachedStep):
-    """Chunks of prompts, each attending causally to its slot's earlier positions and to itself."""
+    """Chunks of prompts, each attending causally to its slot's earlier positions and to itself.
+
+    `end_rows`: the packed rows at which prompts end, in the order of their slots.
+    """
 
     def __init__(self, cache: KVCache, spans: Sequence[Span]) -> None:
         self.cache = cache
@@ -93,6 +107,16 @@ class PrefillStep(CachedStep):
         slots = [span.slot for span in spans for _ in range(span.start, span.stop)]
         self.positions = torch.tensor(positions, device=cache.device)
         self.slots = torch.tensor(slots, device=cache.device)
+        last = sorted((span for span in spans if span.last), key=lambda span: span.slot)
+        self.end_rows = torch.tensor(
+            [s.row + s.stop - s.start - 1 for s in last], dtype=torch.long, device=cache.device
+        )
+        self._last = last
+
+    @cached_property
+    def ends(self) -> DecodeStep:
+        """The rows at `end_rows`, of which there must be some: what they see is what a decoding row at their place would."""
+        return DecodeStep(self.cache, [s.slot for s in self._last], [s.stop for s in self._last])
 
     @cached_property
     def pages(self) -> tuple[Tensor, int, Tensor, Tensor]:
@@ -177,7 +201,13 @@ class DecodeStep(CachedStep):
         starts = torch.arange(len(self._slots) + 1, dtype=torch.int32, device=self.cache.device)
         return starts, 1, self.lengths.int(), self.cache.table[self.slots]
 
-    def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+    def look(self, layer: int, query: Tensor, scores: Scores) -> Tensor:
+        """Attend to keys and values that the cache has already; (D, heads, ·) → (D, heads, ·)."""
+        if self._flash(scores):
+            return self._attend_pages(layer, query, scores)
+        return self._attend(layer, query, None, None, scores)
+
+    def _attend(self, layer: int, query: Tensor, key: Tensor | None, value: Tensor | None, scores: Scores) -> Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         parts = [run.attend(self.cache, keys, values, query[run.rows], scores) for run in self._runs]
         return parts[0] if len(parts) == 1 else torch.cat(parts)

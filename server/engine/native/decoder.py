@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from server.engine.native.attention import AttentionStep, Scores
+from server.engine.native.attention import AttentionStep, PrefillStep, Scores
 from server.engine.native.kv_cache import KVShape
 from steering.architecture import decoder_layers, text_config
 
@@ -52,6 +52,10 @@ class Decoder(ABC):
     @abstractmethod
     def run(self, states: Tensor, layers: range, step: AttentionStep) -> Tensor:
         """The residual stream before `layers[0]` → after `layers[-1]`, both (T, d). Writes the step's keys and values."""
+
+    def finish(self, states: Tensor, layers: range, step: PrefillStep) -> Tensor:
+        """`run` through the model's last layers, for what comes of the step's `end_rows` alone; (T, d) → (S, d)."""
+        return self.run(states, layers, step)[step.end_rows]
 
     @abstractmethod
     def logits(self, states: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from server.engine.native.attention import AttentionStep, DecodeStep, Scores
+from server.engine.native.attention import AttentionStep, DecodeStep, PrefillStep, Scores
 from server.engine.native.compiled_row import LayerWeights, head_row, layer_row
 from server.engine.native.compiled_rows import handle, layer_rows
 from server.engine.native.decoder import Decoder
@@ -65,6 +65,12 @@ class FusedDecoder(Decoder):
         for number in layers:
             states = self._layers[number](states, step)
         return states
+
+    def finish(self, states: Tensor, layers: range, step: PrefillStep) -> Tensor:
+        """The last layer needs every row's key and value, but computes the rest for the prompts' ends alone."""
+        if not layers:
+            return states[step.end_rows]
+        return self._layers[layers[-1]].finish(self.run(states, layers[:-1], step), step)
 
     def logits(self, states: Tensor) -> Tensor:
         if self._row_head is not None and len(states) == 1:
@@ -149,8 +155,20 @@ class _Layer:
             if self._handles is not None:
                 return layer_rows(self._weights, self._handles, self.number, states, *self._rotate.at(step), step)
         states = states.to(self._dtype)
-        mixed = self._attend(self._before_attention(states), step)
-        states = _add(states, self._output, mixed, self._after_attention)
+        mixed = step.attend(self.number, *self._heads(states, step), self._scores)
+        return self._rest(states, mixed)
+
+    def finish(self, states: Tensor, step: PrefillStep) -> Tensor:
+        """(T, d) → (S, d), at the step's `end_rows`."""
+        states = states.to(self._dtype)
+        query, key, value = self._heads(states, step)
+        step.write(self.number, key, value)
+        states, query = states[step.end_rows], query[step.end_rows]
+        return self._rest(states, step.ends.look(self.number, query, self._scores)) if len(states) else states
+
+    def _rest(self, states: Tensor, mixed: Tensor) -> Tensor:
+        """All that follows attention: (T, d) states and the (T, heads, head_dim) that it mixed → (T, d)."""
+        states = _add(states, self._output, mixed.reshape(len(states), -1), self._after_attention)
         gate, up = self._gate_up(self._before_mlp(states)).chunk(2, dim=-1)
         return _add(states, self._down, self._activation(gate) * up, self._after_mlp)
 
@@ -159,15 +177,17 @@ class _Layer:
         window = self._scores.sliding_window
         return step.cache.contiguous and step.uniform and (window is None or step.num_seen <= window)
 
-    def _attend(self, states: Tensor, step: AttentionStep) -> Tensor:
-        heads = self._qkv(states).view(len(states), -1, self.head_dim)  # (T, heads + 2 KV heads, head_dim)
+    def _heads(self, states: Tensor, step: AttentionStep) -> tuple[Tensor, Tensor, Tensor]:
+        """(T, d) → query (T, heads, head_dim), key and value (T, KV heads, head_dim), rotated to their positions."""
+        heads = self._qkv(self._before_attention(states)).view(
+            len(states), -1, self.head_dim
+        )  # (T, heads + 2 KV heads, head_dim)
         turned, value = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
         if self._query_norm is not None:
             query, key = turned.split([self.num_heads, self.num_kv_heads], dim=1)
             turned = torch.cat([self._query_norm(query), self._key_norm(key)], dim=1)
         query, key = self._rotate(turned, step).split([self.num_heads, self.num_kv_heads], dim=1)
-        out = step.attend(self.number, query, key, value, self._scores)
-        return out.reshape(len(states), -1)
+        return query, key, value
 
 
 def _layer_weights(layer: nn.Module, config) -> LayerWeights:

@@ -64,29 +64,30 @@ class Runner:
         """Run chunks through one segment. Writes their slots, moves their sequences on."""
         spans, row = [], 0
         for chunk in chunks:
-            spans.append(Span(row, chunk.sequence.slot, chunk.start, chunk.stop))
+            spans.append(Span(row, chunk.sequence.slot, chunk.start, chunk.stop, chunk.last))
             row += chunk.stop - chunk.start
         step = PrefillStep(self.cache, spans)
-        states = self._inputs(segment, chunks)
-        states = self.decoder.run(states, self.segments[segment], step)
+        states, layers = self._inputs(segment, chunks), self.segments[segment]
         final = segment == len(self.segments) - 1
-        if not final:
+        if final:
+            ends = self.decoder.finish(states, layers, step)  # (S, d): each prompt's last token
+        else:
+            states = self.decoder.run(states, layers, step)
             self.cache.write(self.cache.states, step.slots, step.positions, states[:, None])
-        done = []
-        for chunk, span in zip(chunks, spans, strict=True):
+            ends = states[step.end_rows]
+        for chunk in chunks:
             chunk.sequence.num_done = chunk.stop
             if chunk.last:
                 self.prefix_cache.save(chunk.sequence, segment)
-                done.append((chunk.sequence, span.row + chunk.stop - chunk.start - 1))
+        done = sorted((chunk.sequence for chunk in chunks if chunk.last), key=lambda sequence: sequence.slot)
         result = Prefilled()
         if not done:
             return result
-        ends = states[[row for _, row in done]]  # (S, d): each prompt's last token
-        result.decided = self._decide(segment, [sequence for sequence, _ in done], ends)
+        result.decided = self._decide(segment, done, ends)
         if final:
-            result.sampled = self._first_tokens([sequence for sequence, _ in done], ends)
+            result.sampled = self._first_tokens(done, ends)
         else:
-            for sequence, _ in done:
+            for sequence in done:
                 self.enter(sequence, segment + 1)
         return result
 

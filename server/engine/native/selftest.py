@@ -38,19 +38,24 @@ def reference_logits(model: PreTrainedModel) -> Tensor:
 def decoder_error(decoder: Decoder, wanted: Tensor) -> float:
     """How far a decoder is from `reference_logits`, relative, in units of what rounding explains: more than 1 is wrong.
 
-    Runs the tokens as the engine would: the first five in two chunks, cut in the middle of the layers, the rest one by one.
+    Runs the tokens as the engine would: the first five in two chunks, cut in the middle of the layers, the rest one by one; then
+    all as one prompt, for what comes of its end.
     """
     ids = _token_ids(decoder.vocab_size, decoder.device)
     cache = new_cache(decoder, 0, 2, LENGTH, num_blocks=2)
-    cache.reserve(1, LENGTH)
+    for slot in (0, 1):
+        cache.reserve(slot, LENGTH)
     cut = decoder.num_layers // 2
     lower, upper = range(cut), range(cut, decoder.num_layers)
 
     def run(step: AttentionStep, start: int, stop: int) -> Tensor:
         return decoder.run(decoder.run(decoder.embed(ids[start:stop]), lower, step), upper, step)
 
-    states = [run(PrefillStep(cache, [Span(0, 1, a, b)]), a, b) for a, b in ((0, 3), (3, 5))]
+    states = [run(PrefillStep(cache, [Span(0, 1, a, b, False)]), a, b) for a, b in ((0, 3), (3, 5))]
     states += [run(DecodeStep(cache, [1], [i + 1]), i, i + 1) for i in range(5, LENGTH)]
+    whole = PrefillStep(cache, [Span(0, 0, 0, LENGTH, True)])
+    states.append(decoder.finish(decoder.run(decoder.embed(ids), lower, whole), upper, whole))
+    wanted = torch.cat([wanted, wanted[-1:]])
     error = (decoder.logits(torch.cat(states)).float() - wanted).norm() / wanted.norm()
     return float(error) / TOLERANCE.get(decoder.dtype, 2e-3)
 
