@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from server.answers.generation import Generation
+from server.answers.parts import Turn
 from server.config import ServerConfig
+from server.conversation import Conversation
 from server.engine.base import Engine, GenerationRequest, SamplingOptions
 from server.errors import InvalidRequestError, NotFoundError
 from server.observability.metrics import Metrics
@@ -113,6 +115,22 @@ class Service:
                 param=param,
                 code="context_length_exceeded",
             )
+
+    async def converse(
+        self,
+        request_id: str,
+        conversation: Conversation,
+        steering: SteeringOptions,
+        fields: SamplingFields,
+        *,
+        limit: int | None,
+        logprobs: int | None,
+        param: str,
+    ) -> Turn:
+        """The assistant's turn in a conversation, not yet begun; arguments and errors as for `request`."""
+        prompt = await self.prompter.chat(conversation)
+        request = self.request(request_id, prompt, steering, fields, limit=limit, logprobs=logprobs, param=param)
+        return Turn(self.generation(request, fields.stop))
 
     def generation(self, request: GenerationRequest, stops: Sequence[str]) -> Generation:
         """A run of `request`, not yet begun."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from server.answers.generation import Completion, Generation, TextDelta, TokenNote
+from server.answers.generation import Generation, TokenNote
 from server.answers.identity import AnswerIdentity, usage
+from server.answers.parts import Answer, End, Text, Turn
 from server.prompting.vocabulary import Vocabulary
 from server.wire.chat import (
     AnswerMessage,
@@ -22,17 +23,17 @@ from server.wire.chat import (
 
 
 def chat_completion(
-    identity: AnswerIdentity, generation: Generation, completions: Sequence[Completion], vocabulary: Vocabulary
+    identity: AnswerIdentity, generation: Generation, answers: Sequence[Answer], vocabulary: Vocabulary
 ) -> ChatCompletion:
     """The whole answer."""
     choices = [
         ChatChoice(
             index=i,
-            message=AnswerMessage(role="assistant", content=completion.text, refusal=None),
-            logprobs=_logprobs(generation, completion.notes, vocabulary),
-            finish_reason=completion.finish_reason,
+            message=AnswerMessage(role="assistant", content=answer.text, refusal=None),
+            logprobs=_logprobs(generation, answer.notes, vocabulary),
+            finish_reason=answer.finish_reason,
         )
-        for i, completion in enumerate(completions)
+        for i, answer in enumerate(answers)
     ]
     return ChatCompletion.model_construct(
         **identity.fields,
@@ -44,13 +45,14 @@ def chat_completion(
 
 
 async def chat_chunks(
-    identity: AnswerIdentity, generation: Generation, vocabulary: Vocabulary, include_usage: bool
+    identity: AnswerIdentity, turn: Turn, vocabulary: Vocabulary, include_usage: bool
 ) -> AsyncIterator[ChatCompletionChunk]:
-    """The answer's chunks, for a generation that has been started.
+    """The answer's chunks, for a turn whose generation has been started.
 
     First a role for each completion, the first of them with `steering`; then text; then each completion's end. The last
     chunk, which is the usage's where usage is asked for, has `steering` again.
     """
+    generation = turn.generation
     steering = identity.steering([generation])
     extra = {"usage": None} if include_usage else {}
 
@@ -63,14 +65,15 @@ async def chat_chunks(
         role = Delta(role="assistant", content="", refusal=None)
         yield chunk([_choice(i, role)], **(steering if i == 0 else {}))
     unfinished = generation.request.n
-    async for delta in generation.deltas():
-        if delta.text or delta.notes:
-            logprobs = _logprobs(generation, delta.notes, vocabulary)
-            yield chunk([_choice(delta.index, Delta.model_construct(content=delta.text), logprobs)])
-        if delta.finish_reason is not None:
-            unfinished -= 1
-            last = not unfinished and not include_usage
-            yield chunk([_end(delta)], **(steering if last else {}))
+    async for part in turn.parts():
+        match part:
+            case Text():
+                logprobs = _logprobs(generation, part.notes, vocabulary)
+                yield chunk([_choice(part.index, Delta.model_construct(content=part.text), logprobs)])
+            case End():
+                unfinished -= 1
+                last = not unfinished and not include_usage
+                yield chunk([_end(part)], **(steering if last else {}))
     if include_usage:
         yield chunk([], usage=usage([generation]), **steering)
 
@@ -79,10 +82,8 @@ def _choice(index: int, delta: Delta, logprobs: ChoiceLogprobs | None = None) ->
     return ChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=None)
 
 
-def _end(delta: TextDelta) -> ChunkChoice:
-    return ChunkChoice(
-        index=delta.index, delta=Delta.model_construct(), logprobs=None, finish_reason=delta.finish_reason
-    )
+def _end(part: End) -> ChunkChoice:
+    return ChunkChoice(index=part.index, delta=Delta.model_construct(), logprobs=None, finish_reason=part.finish_reason)
 
 
 def _logprobs(generation: Generation, notes: Sequence[TokenNote], vocabulary: Vocabulary) -> ChoiceLogprobs | None:

@@ -7,7 +7,7 @@ import time
 from fastapi import APIRouter, Request, Response
 
 from server.answers.chat import chat_chunks, chat_completion
-from server.answers.generation import collect
+from server.answers.parts import collect
 from server.api.context import watch
 from server.api.dependencies import ServiceDep, body_schema, identity, read_body, settle
 from server.api.respond import AnswerStream, while_connected, whole
@@ -22,30 +22,27 @@ async def create_chat_completion(request: Request, service: ServiceDep) -> Respo
     created = int(time.time())
     body = await read_body(request, ChatCompletionRequest)
     resolved = settle(request, service, body.model, body)
-    prompt = await service.prompter.chat([message.for_template() for message in body.messages])
     answer = identity(service, body, resolved, "chatcmpl-", created)
-    generation = service.generation(
-        service.request(
-            answer.id,
-            prompt,
-            resolved.options,
-            body,
-            limit=body.completion_limit,
-            logprobs=body.num_logprobs,
-            param="messages",
-        ),
-        body.stop,
+    turn = await service.converse(
+        answer.id,
+        body.conversation(),
+        resolved.options,
+        body,
+        limit=body.completion_limit,
+        logprobs=body.num_logprobs,
+        param="messages",
     )
+    generation = turn.generation
     watch(request, body.model, [generation])
     vocabulary = service.prompter.vocabulary
     if not body.stream:
-        completions = await while_connected(request, collect(generation))
-        completion = chat_completion(answer, generation, completions, vocabulary)
+        answers = await while_connected(request, collect(turn))
+        completion = chat_completion(answer, generation, answers, vocabulary)
         return whole(completion, [generation], tell=resolved.metadata != "none")
     try:
         await while_connected(request, generation.start())  # errors up to here get their own HTTP status
     except BaseException:
         await generation.aclose()
         raise
-    chunks = chat_chunks(answer, generation, vocabulary, body.include_usage)
+    chunks = chat_chunks(answer, turn, vocabulary, body.include_usage)
     return AnswerStream(chunks, generation.aclose, service.config.shutdown_grace_s)

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request, Response
 
 from server.api.dependencies import ServiceDep, body_schema, read_body, settle
 from server.api.respond import while_connected
+from server.conversation import Conversation
 from server.engine.base import GenerationRequest, SamplingOptions
 from server.errors import ForbiddenError, NotFoundError
 from server.service import Service, new_id
@@ -45,7 +46,7 @@ async def score(request: Request, service: ServiceDep) -> Response:
         )
     resolved = settle(request, service, body.model, body)
     if body.messages is not None:
-        prompt = await service.prompter.chat([message.for_template() for message in body.messages])
+        prompt = await service.prompter.chat(Conversation(tuple(message.for_template() for message in body.messages)))
     else:
         prompt = await service.prompter.text(body.prompt or "")
     service.check_prompt(prompt, "prompt" if body.messages is None else "messages")

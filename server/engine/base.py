@@ -11,12 +11,35 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+import numpy as np
+
 from steering.decision import SteeringDecision, SteeringOptions
 from steering.manifest import ProfileManifest
 
 FinishReason = Literal["stop", "length"]
 # Layers up to the first steering site, cached by tokens alone, and those above it, cached by tokens and vector.
 PREFIX_CACHE_PARTS = ("lower", "upper")
+
+
+class GrammarState(Protocol):
+    """One completion's way through a grammar; used by one thread at a time."""
+
+    def mask(self) -> np.ndarray:
+        """(ceil(V / 32),) int32: bit t % 32 of word t // 32 is set where token t may come next. Never all zeros."""
+
+    def accept(self, token_id: int) -> None:
+        """Move on by a token that the mask allows. Raises GenerationError where the grammar's engine gives up."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing may follow: the completion ends here, with no end token."""
+
+
+class Grammar(Protocol):
+    """What a completion's tokens must spell. Immutable, shared by requests."""
+
+    def begin(self) -> GrammarState:
+        """A state at the grammar's start; cheap."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +50,7 @@ class SamplingOptions:
     `logprobs`: None = none, k = the chosen token's and the k likeliest (0 = only the chosen one's), of the model's
     distribution before temperature and truncation (OpenAI's meaning), after penalties and bias.
     `repetition_penalty` counts prompt and completion; presence and frequency penalties count the completion.
+    `grammar` masks each completion's logits, after penalties and bias: it wins over all of them, over `min_tokens` too.
     """
 
     max_tokens: int
@@ -42,6 +66,7 @@ class SamplingOptions:
     stop_token_ids: frozenset[int] = frozenset()
     min_tokens: int = 0
     logprobs: int | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True)

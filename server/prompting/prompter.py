@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 
+from server.conversation import Conversation
 from server.errors import InvalidRequestError
 from server.prompting.vocabulary import Vocabulary
 from steering.errors import ModelError
@@ -33,7 +33,7 @@ class Prompter:
         """Whether `chat` can work."""
         return bool(self._chat_template or self._tokenizer.chat_template)
 
-    async def chat(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
+    async def chat(self, conversation: Conversation) -> tuple[int, ...]:
         """Token ids of a conversation up to where the assistant speaks. Raises InvalidRequestError."""
         if not self.has_chat_template:
             raise InvalidRequestError(
@@ -42,7 +42,7 @@ class Prompter:
                 param="messages",
                 code="no_chat_template",
             )
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._render, list(messages))
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._render, conversation)
 
     async def text(self, prompt: str) -> tuple[int, ...]:
         """Token ids of a plain prompt, with the special tokens that the tokenizer puts around text."""
@@ -52,10 +52,15 @@ class Prompter:
         """End the thread."""
         self._thread.shutdown(wait=False)
 
-    def _render(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
+    def _render(self, conversation: Conversation) -> tuple[int, ...]:
         try:
             text = self._tokenizer.apply_chat_template(
-                messages, chat_template=self._chat_template, add_generation_prompt=True, tokenize=False
+                list(conversation.messages),
+                chat_template=self._chat_template,
+                add_generation_prompt=conversation.add_generation_prompt,
+                continue_final_message=conversation.continue_final_message,
+                tokenize=False,
+                **conversation.template_options,
             )
         except TemplateError as error:
             raise InvalidRequestError(

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
+from server.conversation import Conversation
 from server.wire.base import RequestModel, ResponseModel, Unsupported, inconsistent
 from server.wire.completions import Usage
 from server.wire.parsing import shown
@@ -114,6 +115,10 @@ class ChatCompletionRequest(SamplingFields):
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise inconsistent("max_completion_tokens", "differs from max_tokens, its old name; send one of them")
         return self
+
+    def conversation(self) -> Conversation:
+        """What the model is to answer."""
+        return Conversation(tuple(message.for_template() for message in self.messages))
 
     @property
     def completion_limit(self) -> int | None:

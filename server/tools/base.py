@@ -1,0 +1,34 @@
+"""Tools as the server knows them, whichever API they came by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function that the model may call. `parameters`: a JSON schema; `strict`: arguments must follow it, come what may."""
+
+    name: str
+    description: str | None = None
+    parameters: Mapping[str, Any] = field(default_factory=lambda: {"type": "object", "properties": {}})
+    strict: bool = False
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """The tools of a request and what the model must do with them.
+
+    Attributes:
+        tools: those that the model is told of.
+        choice: whether it may call, or must.
+        callable: the names that it may call; one of them for a named choice.
+        parallel: whether it may call more than once in an answer.
+    """
+
+    tools: tuple[Tool, ...]
+    choice: Literal["auto", "required"]
+    callable: frozenset[str]
+    parallel: bool = True
