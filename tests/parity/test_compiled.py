@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
+from torch._dynamo.utils import counters
 
 from server.engine.base import GenerationRequest, SamplingOptions
 from server.engine.native import compiled_row, compiled_rows
@@ -30,7 +31,7 @@ def test_a_lone_row_says_what_transformers_says(family, monkeypatch):
     layer, head = compiled_row._kernels()
 
     def counted(*args):
-        calls.append(args[3].shape[1])
+        calls.append(args[5].shape[2])
         return layer(*args)
 
     monkeypatch.setattr(compiled_row, "_kernels", lambda: (counted, head))
@@ -90,6 +91,23 @@ def test_a_shut_gate_beside_open_ones_is_unsteered_bit_for_bit():
     assert mixed["a"].numbers == plain["a"].numbers
     assert mixed["c"].numbers == plain["c"].numbers
     assert mixed["b"].numbers != plain["b"].numbers
+
+
+@needs_compiler
+def test_once_warm_nothing_is_compiled_again():
+    """Whatever slot a lone row has, however many rows there are, however long they are."""
+    core = tiny_core([], "llama", make_decoder(tiny_model("llama"), 128, compiled=True), paged=False)
+    core.warm_up()
+    compiled = counters["stats"]["unique_graphs"]
+    for lengths in (
+        [9],
+        [3, 5, 12],
+        [12, 4],
+        [2, 7, 4, 14],
+        [3, 3, 3, 3, 9],
+    ):  # the last one left sits in another slot each time
+        answers(core, [asked(str(i), PROMPTS[i % 4], max_tokens=length) for i, length in enumerate(lengths)])
+    assert counters["stats"]["unique_graphs"] == compiled
 
 
 @needs_compiler

@@ -182,10 +182,6 @@ class DecodeStep(CachedStep):
             step.__dict__.pop(name, None)
         return step
 
-    def only(self, pool: Tensor) -> Tensor:
-        """All that the step's one row sees of a pool, its own position last: (KV heads, L, ·)."""
-        return self.cache.read(pool, self._slots[0], self._longest)
-
     @property
     def uniform(self) -> bool:
         """Whether all rows attend in one call, padded to the longest."""

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from server.engine.native.attention import DecodeStep
-from server.engine.native.compiled_row import LayerWeights
+from server.engine.native.compiled_row import LayerWeights, dynamic_pools
 from server.engine.native.linear import PackedLinear
 
 _linears: weakref.WeakValueDictionary[int, PackedLinear] = weakref.WeakValueDictionary()
@@ -56,22 +56,30 @@ def layer_rows(
         handles: of the fused query-key-value, the output, the fused gate-up and the down projection.
         cos, sin: (D, 1, head_dim), the rows' rotations.
     """
-    keys, values = (pool[number][:, :, : step.num_seen] for pool in (step.cache.keys, step.cache.values))
+    keys, values = dynamic_pools(step, number)
     w = weights
-    rows = states, cos, sin, step.slots, step.positions, keys, values
-    layout = states.dtype, tuple(tensor.stride() for tensor in rows)
+    rows = states, cos, sin, step.slots, step.positions
+    layout = states.dtype, states.is_inference(), tuple(tensor.stride() for tensor in (*rows, keys, values))
     if layout not in _known:
-        for tensor in rows[:5]:
+        for tensor in rows:
             torch._dynamo.mark_dynamic(tensor, 0)
-        for tensor in (keys, values):
-            torch._dynamo.mark_dynamic(tensor, 2)
         _known.add(layout)
     return _kernel()(
-        *rows, w.attention_norm, w.mlp_norm, *handles, w.gate_up.shape[0], w.eps, w.num_heads, w.num_kv_heads, w.scaling
+        *rows,
+        keys,
+        values,
+        w.attention_norm,
+        w.mlp_norm,
+        *handles,
+        w.gate_up.shape[0],
+        w.eps,
+        w.num_heads,
+        w.num_kv_heads,
+        w.scaling,
     )
 
 
-_known: set[tuple] = set()  # layouts whose batch and length were said to vary: once is enough, and saying it takes time
+_known: set[tuple] = set()  # layouts whose batch was said to vary: once is enough, and saying it takes time
 
 
 @functools.cache
