@@ -60,6 +60,12 @@ def serve(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     chat_template: Annotated[Path | None, typer.Option(help="A Jinja file in place of the model's own.")] = None,
+    tool_format: Annotated[
+        str | None,
+        typer.Option(
+            help="How the model writes tool calls, where its template does not show it: hermes, llama3, mistral or mistral-args."
+        ),
+    ] = None,
     max_steer_strength: Annotated[
         float, typer.Option(help="The largest strength, of either sign, a client may ask.")
     ] = 20,
@@ -102,6 +108,7 @@ def serve(
             dtype=dtype,
             device=device,
             chat_template=chat_template,
+            tool_format=tool_format,
             log_level=log_level,
         )
         listener = listen(config.host, config.port)

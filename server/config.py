@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from server.steering_options import UNSTEERED, Mode, Override, SteeringPolicy
+from server.tools.formats import FORMATS
 from server.wire.steering import METADATA_LEVELS
 
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -45,6 +46,7 @@ class ServerConfig:
     dtype: str = "auto"
     device: str = "auto"
     chat_template: Path | None = None
+    tool_format: str | None = None
     policy: SteeringPolicy = field(default_factory=SteeringPolicy)
     api_key: str | None = field(default=None, repr=False)
     log_level: LogLevel = "info"
@@ -59,6 +61,8 @@ class ServerConfig:
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise ConfigError(f"--{option.replace('_', '-')} {value} must be at least 1.")
+        if self.tool_format is not None and self.tool_format not in FORMATS:
+            raise ConfigError(f"--tool-format {self.tool_format!r} is not known; there are {', '.join(FORMATS)}.")
         if not 0 <= self.policy.max_strength < float("inf"):
             raise ConfigError(f"--max-steer-strength {self.policy.max_strength:g} must be a finite number, at least 0.")
         for option, named in (("--profile-policy", self.policy.overrides), ("--profile-mode", self.policy.modes)):

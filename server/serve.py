@@ -30,7 +30,7 @@ def run(config: ServerConfig, listener: socket.socket) -> None:
     metrics = Metrics(config.served_model_name)
     try:
         with console.status(f"Loading {config.served_model_name} …"):
-            prompter = load_prompter(config.model, config.chat_template)
+            prompter = load_prompter(config.model, config.chat_template, config.tool_format)
             engine = load_engine(
                 config.model,
                 config.profiles,

@@ -84,7 +84,7 @@ async def serving(artifacts: Artifacts, names: tuple[str, ...] = ("safety",), **
         num_threads=1,
         observer=metrics,
     )
-    prompter = load_prompter(config.model, config.chat_template)
+    prompter = load_prompter(config.model, config.chat_template, config.tool_format)
     app = create_app(config, engine, prompter, metrics)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with (

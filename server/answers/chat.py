@@ -7,7 +7,7 @@ from typing import Any
 
 from server.answers.generation import Generation, TokenNote
 from server.answers.identity import AnswerIdentity, usage
-from server.answers.parts import Answer, End, Text, Turn
+from server.answers.parts import Answer, CallArguments, CallBegins, End, Text, Turn
 from server.prompting.vocabulary import Vocabulary
 from server.wire.chat import (
     AnswerMessage,
@@ -20,6 +20,7 @@ from server.wire.chat import (
     TokenLogprob,
     TopLogprob,
 )
+from server.wire.tools import CallDelta, Called, ToolCall
 
 
 def chat_completion(
@@ -29,7 +30,7 @@ def chat_completion(
     choices = [
         ChatChoice(
             index=i,
-            message=AnswerMessage(role="assistant", content=answer.text, refusal=None),
+            message=_message(answer),
             logprobs=_logprobs(generation, answer.notes, vocabulary),
             finish_reason=answer.finish_reason,
         )
@@ -42,6 +43,16 @@ def chat_completion(
         usage=usage([generation]),
         **identity.steering([generation]),
     )
+
+
+def _message(answer: Answer) -> AnswerMessage:
+    calls = [
+        ToolCall(id=call.id, type="function", function=Called(name=call.name, arguments=call.arguments))
+        for call in answer.calls
+    ]
+    content = answer.text if answer.text or not calls else None
+    extra = {"tool_calls": calls} if calls else {}
+    return AnswerMessage.model_construct(role="assistant", content=content, refusal=None, **extra)
 
 
 async def chat_chunks(
@@ -62,7 +73,7 @@ async def chat_chunks(
         )
 
     for i in range(generation.request.n):
-        role = Delta(role="assistant", content="", refusal=None)
+        role = Delta.model_construct(role="assistant", content="", refusal=None)
         yield chunk([_choice(i, role)], **(steering if i == 0 else {}))
     unfinished = generation.request.n
     async for part in turn.parts():
@@ -70,6 +81,11 @@ async def chat_chunks(
             case Text():
                 logprobs = _logprobs(generation, part.notes, vocabulary)
                 yield chunk([_choice(part.index, Delta.model_construct(content=part.text), logprobs)])
+            case CallBegins():
+                function = Called(name=part.name, arguments="")
+                yield chunk([_call(part, id=part.id, type="function", function=function)])
+            case CallArguments():
+                yield chunk([_call(part, function=Called.model_construct(arguments=part.text))])
             case End():
                 unfinished -= 1
                 last = not unfinished and not include_usage
@@ -80,6 +96,11 @@ async def chat_chunks(
 
 def _choice(index: int, delta: Delta, logprobs: ChoiceLogprobs | None = None) -> ChunkChoice:
     return ChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=None)
+
+
+def _call(part: CallBegins | CallArguments, **fields: Any) -> ChunkChoice:
+    call = CallDelta.model_construct(index=part.call, **fields)
+    return _choice(part.index, Delta.model_construct(tool_calls=[call]))
 
 
 def _end(part: End) -> ChunkChoice:

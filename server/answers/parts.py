@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from server.answers.generation import Generation, TokenNote
+from server.answers.generation import Generation, TextDelta, TokenNote
 
 PartFinish = Literal["stop", "length", "tool_calls"]
 
 
 @dataclass(frozen=True)
 class Text:
-    """Text of completion `index`, which is no tool call; the notes of tokens inside tool calls come with empty text."""
+    """Text of completion `index`, which is no tool call."""
 
     index: int
     text: str
@@ -70,18 +70,55 @@ class Turn:
 
     Attributes:
         new_parser: for each completion; None where no tools are at hand.
+        new_call_id: makes the id of a call.
     """
 
     generation: Generation
     new_parser: Callable[[], CallParser] | None = None
+    new_call_id: Callable[[], str] = lambda: ""
 
     async def parts(self) -> AsyncIterator[Part]:
         """Of a generation that has been started: its completions' parts, interleaved, each completion ending with `End`."""
+        if self.new_parser is None:
+            async for delta in self.generation.deltas():
+                if delta.text or delta.notes:
+                    yield Text(delta.index, delta.text, delta.notes)
+                if delta.finish_reason is not None:
+                    yield End(delta.index, delta.finish_reason)
+            return
+        readers = [_Reader(i, self.new_parser(), self.new_call_id) for i in range(self.generation.request.n)]
         async for delta in self.generation.deltas():
-            if delta.text or delta.notes:
-                yield Text(delta.index, delta.text, delta.notes)
-            if delta.finish_reason is not None:
-                yield End(delta.index, delta.finish_reason)
+            for part in readers[delta.index].read(delta):
+                yield part
+
+
+class _Reader:
+    """Makes parts of one completion's deltas."""
+
+    def __init__(self, index: int, parser: CallParser, new_call_id: Callable[[], str]) -> None:
+        self._index = index
+        self._parser = parser
+        self._new_call_id = new_call_id
+        self._num_calls = 0
+        self._notes: list[TokenNote] = []
+
+    def read(self, delta: TextDelta) -> Iterator[Part]:
+        """What a delta adds. Notes go with text; those of a call's tokens are dropped."""
+        self._notes += delta.notes
+        last = delta.finish_reason is not None
+        for found in self._parser.push(delta.text, last=last):
+            match found.kind:
+                case "text":
+                    yield Text(self._index, found.text, tuple(self._notes))
+                case "call":
+                    self._num_calls += 1
+                    yield CallBegins(self._index, self._num_calls - 1, self._new_call_id(), found.text)
+                case "arguments":
+                    yield CallArguments(self._index, self._num_calls - 1, found.text)
+            self._notes = []
+        if delta.finish_reason is not None:
+            called = self._num_calls > 0 and delta.finish_reason == "stop"
+            yield End(self._index, "tool_calls" if called else delta.finish_reason)
 
 
 @dataclass

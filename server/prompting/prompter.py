@@ -12,6 +12,7 @@ from jinja2.exceptions import TemplateError
 from server.conversation import Conversation
 from server.errors import InvalidRequestError
 from server.prompting.vocabulary import Vocabulary
+from server.tools.template import TemplateTools
 from steering.errors import ModelError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -20,12 +21,25 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.mo
 class Prompter:
     """A tokenizer with its chat template. Works in a thread of its own, so a long prompt does not hold the event loop up."""
 
-    def __init__(self, tokenizer: Any, eos_token_ids: frozenset[int], chat_template: str | None = None) -> None:
-        """`chat_template`: Jinja text that takes the place of the tokenizer's own. Raises ModelError (see `Vocabulary`)."""
+    def __init__(
+        self,
+        tokenizer: Any,
+        eos_token_ids: frozenset[int],
+        chat_template: str | None = None,
+        tool_format: str | None = None,
+    ) -> None:
+        """
+        Args:
+            chat_template: Jinja text that takes the place of the tokenizer's own.
+            tool_format: how the model writes tool calls, where its template does not show it.
+        Raises:
+            ModelError: see `Vocabulary`.
+        """
         self.vocabulary = Vocabulary(tokenizer)
         self.eos_token_ids = eos_token_ids
         self._tokenizer = tokenizer
         self._chat_template = chat_template
+        self.tools = TemplateTools(_text_of(chat_template or tokenizer.chat_template), tool_format)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prompter")
 
     @property
@@ -53,13 +67,15 @@ class Prompter:
         self._thread.shutdown(wait=False)
 
     def _render(self, conversation: Conversation) -> tuple[int, ...]:
+        messages, told = self.tools.told(conversation)
         try:
             text = self._tokenizer.apply_chat_template(
-                list(conversation.messages),
+                messages,
                 chat_template=self._chat_template,
                 add_generation_prompt=conversation.add_generation_prompt,
                 continue_final_message=conversation.continue_final_message,
                 tokenize=False,
+                **told,
                 **conversation.template_options,
             )
         except TemplateError as error:
@@ -74,8 +90,13 @@ class Prompter:
         return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
 
-def load_prompter(model: str, chat_template: Path | None = None) -> Prompter:
-    """The prompter of a model folder or hub id.
+def _text_of(template: str | dict[str, str] | None) -> str:
+    """A tokenizer may have several templates, by name."""
+    return "\n".join(template.values()) if isinstance(template, dict) else template or ""
+
+
+def load_prompter(model: str, chat_template: Path | None = None, tool_format: str | None = None) -> Prompter:
+    """The prompter of a model folder or hub id; arguments as for `Prompter`.
 
     Raises ModelError: no tokenizer, a tokenizer that cannot be streamed, an unreadable chat template file.
     """
@@ -95,7 +116,7 @@ def load_prompter(model: str, chat_template: Path | None = None) -> Prompter:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except Exception as error:  # the tokenizers library raises bare Exception for a bad tokenizer.json
         raise ModelError(f"{model}: its tokenizer cannot be loaded ({_first_line(error)}).") from error
-    return Prompter(tokenizer, eos_token_ids(model, tokenizer), _template_text(chat_template))
+    return Prompter(tokenizer, eos_token_ids(model, tokenizer), _template_text(chat_template), tool_format)
 
 
 def eos_token_ids(model: str, tokenizer: Any) -> frozenset[int]:

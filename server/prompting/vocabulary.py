@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from functools import lru_cache
 from typing import Any
 
+from server.prompting.detokenizer import TokenBytes
 from steering.errors import ModelError
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -61,6 +63,11 @@ class Vocabulary:
         """What the token adds to the answer's text: nothing for special tokens and for ids that name no token."""
         return b"" if token_id in self.special_ids else self.raw_bytes(token_id)
 
+    def showing(self, texts: Collection[str]) -> TokenBytes:
+        """The same, special tokens with one of these texts shown: markers of tool calls, say."""
+        wanted = {text.encode() for text in texts}
+        return _Showing(self, frozenset(i for i in self.special_ids if self.raw_bytes(i) in wanted))
+
     def raw_bytes(self, token_id: int) -> bytes:
         """The token's own bytes, of special tokens too (log-probabilities name them)."""
         if token_id not in self._bytes:
@@ -79,6 +86,15 @@ class Vocabulary:
         if match := BYTE_TOKEN.fullmatch(token):
             return bytes([int(match.group(1), 16)])
         return token.replace(SPACE_MARK, " ").encode()
+
+
+class _Showing:
+    def __init__(self, vocabulary: Vocabulary, shown_ids: frozenset[int]) -> None:
+        self._vocabulary, self._shown_ids = vocabulary, shown_ids
+
+    def text_bytes(self, token_id: int) -> bytes:
+        vocabulary = self._vocabulary
+        return vocabulary.raw_bytes(token_id) if token_id in self._shown_ids else vocabulary.text_bytes(token_id)
 
 
 def _types(decoder: dict | None) -> set[str]:

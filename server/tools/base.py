@@ -16,6 +16,13 @@ class Tool:
     parameters: Mapping[str, Any] = field(default_factory=lambda: {"type": "object", "properties": {}})
     strict: bool = False
 
+    def as_json(self) -> dict[str, Any]:
+        """As chat templates read it."""
+        function: dict[str, Any] = {"name": self.name}
+        if self.description is not None:
+            function["description"] = self.description
+        return {"type": "function", "function": function | {"parameters": dict(self.parameters)}}
+
 
 @dataclass(frozen=True)
 class ToolUse:

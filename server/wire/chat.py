@@ -14,8 +14,9 @@ from server.wire.completions import Usage
 from server.wire.parsing import shown
 from server.wire.sampling import SamplingFields
 from server.wire.steering import SteeringFields, SteeringReport
+from server.wire.tools import MAX_TOOLS, CallDelta, PastToolCall, ToolCall, ToolFields
 
-Role = Literal["system", "developer", "user", "assistant"]
+Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
 def _text(content: Any) -> Any:
@@ -51,31 +52,45 @@ class ChatMessage(RequestModel):
     role: Role
     content: Content = None
     name: str | None = None
-    refusal: None = None
+    refusal: str | None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
     audio: None = None
     function_call: None = None
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_calls: Annotated[list[PastToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: str | None = None
 
     @model_validator(mode="after")
-    def _has_text(self) -> ChatMessage:
-        if self.content is None:
+    def _belongs_to_its_role(self) -> ChatMessage:
+        if self.tool_calls and self.role != "assistant":
+            raise inconsistent("tool_calls", "belong to assistant messages")
+        if self.refusal is not None and self.role != "assistant":
+            raise inconsistent("refusal", "belongs to assistant messages")
+        if (self.tool_call_id is None) == (self.role == "tool"):
+            raise inconsistent("tool_call_id", "is required in tool messages, and belongs to no others")
+        if self.content is None and self.refusal is None and not self.tool_calls:
             raise inconsistent("content", "is required")
         return self
 
-    def for_template(self) -> dict[str, str]:
+    def for_template(self) -> dict[str, Any]:
         """What the chat template sees. `developer` is OpenAI's newer name for `system`."""
-        message = {"role": "system" if self.role == "developer" else self.role, "content": self.content or ""}
-        return message if self.name is None else message | {"name": self.name}
+        content = self.content if self.content is not None else self.refusal
+        message: dict[str, Any] = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": content or "",
+        }
+        if self.tool_calls:
+            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        optional = {"name": self.name, "tool_call_id": self.tool_call_id}
+        return message | {key: value for key, value in optional.items() if value is not None}
 
 
 MAX_MESSAGES = 4096
 Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
 
-_NO_TOOLS = "Tool calling is not built yet; remove the field."
+_OLD_TOOLS = "It is OpenAI's old form; send tools and tool_choice."
 
 
-class ChatCompletionRequest(SamplingFields):
+class ChatCompletionRequest(SamplingFields, ToolFields):
     """The body of `POST /v1/chat/completions`."""
 
     messages: Messages
@@ -87,11 +102,8 @@ class ChatCompletionRequest(SamplingFields):
     prompt_cache_key: str | None = None
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
-        "tools": Unsupported(_NO_TOOLS, ([],)),
-        "tool_choice": Unsupported(_NO_TOOLS, ("none", "auto")),
-        "parallel_tool_calls": Unsupported(_NO_TOOLS, (True, False)),
-        "functions": Unsupported(_NO_TOOLS, ([],)),
-        "function_call": Unsupported(_NO_TOOLS, ("none", "auto")),
+        "functions": Unsupported(_OLD_TOOLS, ([],)),
+        "function_call": Unsupported(_OLD_TOOLS, ("none", "auto")),
         "response_format": Unsupported(
             'Only {"type": "text"} is built; ask for JSON in the prompt.', ({"type": "text"},)
         ),
@@ -118,7 +130,7 @@ class ChatCompletionRequest(SamplingFields):
 
     def conversation(self) -> Conversation:
         """What the model is to answer."""
-        return Conversation(tuple(message.for_template() for message in self.messages))
+        return Conversation(tuple(message.for_template() for message in self.messages), self.tool_use())
 
     @property
     def completion_limit(self) -> int | None:
@@ -169,8 +181,9 @@ class ChoiceLogprobs(ResponseModel):
 
 class AnswerMessage(ResponseModel):
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: list[ToolCall]
 
 
 class ChatChoice(ResponseModel):
@@ -197,6 +210,7 @@ class Delta(ResponseModel):
     role: Literal["assistant"]
     content: str
     refusal: None
+    tool_calls: list[CallDelta]
 
 
 class ChunkChoice(ResponseModel):

@@ -25,6 +25,7 @@ def text(**fields):
 
 
 TOOL = {"type": "function", "function": {"name": "f"}}
+CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 CASES = {
     # name: (path and body, status, param, what the message says)
     "misspelt steer field": (chat(steer_strenght=1), 400, "steer_strenght", "did you mean 'steer_strength'?"),
@@ -66,8 +67,18 @@ CASES = {
     "empty messages": (messages(), 400, "messages", "at least 1 item"),
     "messages a string": (chat(messages="hi"), 400, "messages", "must be a list"),
     "message a string": (messages("hi"), 400, "messages[0]", "must be an object"),
-    "bad role": (messages({"role": "wizard", "content": "x"}), 400, "messages[0].role", "'assistant', not \"wizard\""),
-    "tool role": (messages({"role": "tool", "content": "x", "tool_call_id": "1"}), 400, "messages[0].role", "not \"tool\""),
+    "bad role": (messages({"role": "wizard", "content": "x"}), 400, "messages[0].role", "or 'tool', not \"wizard\""),
+    "tool message without its call": (messages({"role": "tool", "content": "x"}), 400, "messages[0].tool_call_id", "is required"),
+    "call id elsewhere": (messages({"role": "user", "content": "x", "tool_call_id": "1"}), 400, "messages[0].tool_call_id", "belongs"),
+    "calls by a user": (messages({"role": "user", "content": "x", "tool_calls": [CALL]}), 400, "messages[0].tool_calls", "assistant"),
+    "call with a list": (
+        messages({"role": "assistant", "tool_calls": [CALL | {"function": {"name": "f", "arguments": "[1]"}}]}),
+        400, "messages[0].tool_calls[0].function.arguments", "must hold a JSON object",
+    ),
+    "call with no JSON": (
+        messages({"role": "assistant", "tool_calls": [CALL | {"function": {"name": "f", "arguments": "{"}}]}),
+        400, "messages[0].tool_calls[0].function.arguments", "must hold a JSON object",
+    ),
     "no role": (messages({"content": "x"}), 400, "messages[0].role", "is required"),
     "no content": (messages({"role": "user"}), 400, "messages[0].content", "is required"),
     "content a number": (messages({"role": "user", "content": 3}), 400, "messages[0].content", "must be a string"),
@@ -104,8 +115,14 @@ CASES = {
     "top_logprobs alone": (chat(top_logprobs=2), 400, "top_logprobs", "needs logprobs to be true"),
     "stream a string": (chat(stream="yes"), 400, "stream", "must be true or false"),
     "stream_options alone": (chat(stream_options={"include_usage": True}), 400, "stream_options", "read only with stream true"),
-    "tools": (chat(tools=[TOOL]), 400, "tools", "not supported by this server. Tool calling is not built yet"),
-    "tool_choice": (chat(tool_choice="required"), 400, "tool_choice", "not supported"),
+    "custom tool": (chat(tools=[{"type": "custom", "custom": {"name": "x"}}]), 400, "tools[0].type", "must be 'function'"),
+    "tool name": (chat(tools=[{"type": "function", "function": {"name": "a b"}}]), 400, "tools[0].function.name", "match"),
+    "two of a name": (chat(tools=[TOOL, TOOL]), 400, "tools", 'the name "f" is given to two'),
+    "choice without tools": (chat(tool_choice="required"), 400, "tool_choice", "needs tools"),
+    "no such tool": (
+        chat(tools=[TOOL], tool_choice={"type": "function", "function": {"name": "g"}}), 400, "tool_choice", 'no tool is called "g"',
+    ),
+    "functions": (chat(functions=[{"name": "f"}]), 400, "functions", "send tools and tool_choice"),
     "response_format": (chat(response_format={"type": "json_object"}), 400, "response_format", "not supported"),
     "audio": (chat(modalities=["text", "audio"]), 400, "modalities", "not supported"),
     "store": (chat(store=True), 400, "store", "not supported"),
@@ -159,9 +176,9 @@ async def test_bodies_that_are_no_json_object(served, raw, said):
 
 
 async def test_several_problems_are_told_at_once(served):
-    body = OK | {"temperature": 3, "top_p": 0, "steer_gat": 1, "tools": [TOOL]}
+    body = OK | {"temperature": 3, "top_p": 0, "steer_gat": 1, "functions": [TOOL]}
     error = (await served.client.post("/v1/chat/completions", json=body)).json()["error"]
-    for name in ("steer_gat", "tools", "temperature", "top_p"):
+    for name in ("steer_gat", "functions", "temperature", "top_p"):
         assert name in error["message"]
     assert error["param"] == "steer_gat"
 

@@ -1,0 +1,62 @@
+"""What a conversation's tools and text format mean for the answer: a grammar that it must follow, and how it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from server.conversation import Conversation
+from server.engine.base import Grammar
+from server.errors import InvalidRequestError
+from server.grammar.compiler import GrammarCompiler
+from server.tools.formats import ToolFormat
+from server.tools.grammar import needs_grammar, tool_grammar
+from server.tools.parsers import Parser
+
+
+@dataclass(frozen=True)
+class AnswerPlan:
+    """How an answer is made and read. `markers`: special tokens whose text must be seen; `new_call_id`: makes a call's id."""
+
+    grammar: Grammar | None = None
+    new_parser: Callable[[], Parser] | None = None
+    markers: tuple[str, ...] = ()
+    new_call_id: Callable[[], str] | None = None
+
+
+async def plan_answer(conversation: Conversation, form: ToolFormat | None, compiler: GrammarCompiler) -> AnswerPlan:
+    """The plan for a conversation's answer.
+
+    Args:
+        form: how the model writes calls; None where that is not known.
+    Raises:
+        InvalidRequestError: a schema that cannot be enforced; tools, and no known form.
+    """
+    use, wanted = conversation.tool_use, conversation.text_format
+    if use is None:
+        return AnswerPlan(await compiler.text_format(wanted))
+    if form is None:
+        raise InvalidRequestError(
+            "tools: this model's chat template writes tool calls in a way that this server does not read. Start it with "
+            "--tool-format, or send no tools.",
+            param="tools",
+            code="unsupported_parameter",
+        )
+    names = use.callable
+    plan = AnswerPlan(None, lambda: form.parser(names), form.markers, form.new_id)
+    if not needs_grammar(use, free_text=wanted.type == "text"):
+        return plan
+    arguments = {
+        tool.name: await compiler.embeddable(
+            tool.parameters,
+            strict=tool.strict,
+            what=f"the schema of {tool.name!r}",
+            param=f"tools[{number}].function.parameters",
+        )
+        for number, tool in enumerate(use.tools)
+        if tool.name in names
+    }
+    answer = await compiler.embeddable_format(wanted)
+    text = tool_grammar(form, use, arguments, answer)
+    grammar = await compiler.lark(text, what="the grammar of these tools", param="tools")
+    return AnswerPlan(grammar, plan.new_parser, plan.markers, plan.new_call_id)
