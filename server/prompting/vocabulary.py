@@ -50,6 +50,7 @@ class Vocabulary:
                 f"tokenizer.json: decoder {sorted(decoders) or 'null'} cannot be streamed; "
                 "byte-level BPE, and pieces with byte fallback, can."
             )
+        self.backend = backend
         self._tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder
         self.special_ids = frozenset(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}

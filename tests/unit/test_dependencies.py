@@ -42,7 +42,10 @@ def files(*patterns):
         (["steering/**/*.py"], ["server", "fastapi", "starlette"]),
         (["steering/*.py"], ["transformers", "sklearn", "scipy", "matplotlib", "pydantic"]),
         (["steering/decision.py", "steering/manifest.py", "steering/errors.py"], ["torch"]),
-        (["server/wire/*.py", "server/errors.py", "server/answers/*.py", "server/service.py"], ["torch", "fastapi"]),
+        (
+            ["server/wire/*.py", "server/errors.py", "server/answers/*.py", "server/service.py", "server/grammar/*.py"],
+            ["torch", "fastapi"],
+        ),
         (["server/engine/base.py", "server/engine/native/scheduler.py", "server/engine/native/sequence.py"], ["torch"]),
         (["server/engine/**/*.py", "server/prompting/*.py", "server/observability/*.py"], ["fastapi"]),
         (["server/api/*.py", "server/answers/*.py", "server/app.py"], ["server.engine.native", "server.engine.vllm"]),
