@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
-from server.engine.base import GenerationRequest, SamplingOptions
-from server.engine.native.sampler import adjust, draw, likeliest
+from server.engine.base import GenerationError, GenerationRequest, SamplingOptions
+from server.engine.native.sampler import adjust, draw, likeliest, sample
 from server.engine.native.sequence import SequenceGroup
+from server.engine.native.token_mask import unpack, unpack_on_device
 
 LOGITS = torch.log(torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2]))
 
@@ -72,3 +76,117 @@ def test_the_likeliest_is_the_first_of_the_largest(vocab_size):
     assert torch.equal(tokens, logits.argmax(dim=-1))
     assert torch.equal(largest.isfinite(), logits.amax(dim=-1).isfinite())
     assert not largest[7].isfinite() and not largest[9].isfinite()
+
+
+# -- grammars ------------------------------------------------------------------------------------------------------------
+
+
+class Only:
+    """A grammar, and its state, that allows the same tokens for ever."""
+
+    finished = False
+
+    def __init__(self, *token_ids, vocab_size=5):
+        bits = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
+        bits[list(token_ids)] = 1
+        self._words = np.packbits(bits, bitorder="little").view(np.int32)
+
+    def begin(self):
+        return self
+
+    def mask(self):
+        return self._words
+
+    def accept(self, token_id):
+        raise AssertionError("the sampler moves no grammar on")
+
+
+class Broken(Only):
+    def mask(self):
+        raise GenerationError("no further", "grammar_failed")
+
+
+def sampled(logits, *sequences):
+    return sample(torch.stack(logits), list(sequences))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-40, 1e-3, 1.0, 2.0])
+def test_only_what_the_grammar_allows_is_chosen(temperature):
+    asked = [sequence([0], [], temperature=temperature, seed=seed, grammar=Only(0, 2)) for seed in range(64)]
+    found = {s.token_id for s in sampled([LOGITS] * 64, *asked)}
+    assert found == ({0, 2} if temperature >= 1 else {0})
+    plain = {
+        s.token_id for s in sampled([LOGITS] * 64, *(sequence([0], [], temperature=temperature) for _ in range(64)))
+    }
+    assert plain > {1} if temperature >= 1 else plain == {1}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-40, 1e-3, 1.0])
+@pytest.mark.parametrize("options", [{}, {"top_k": 1}, {"top_p": 0.1}, {"min_p": 0.9}, {"logit_bias": {2: -100.0}}])
+def test_a_grammar_that_allows_one_token_gets_it(options, temperature):
+    logits = LOGITS * 1000
+    [found] = sampled([logits], sequence([0], [], temperature=temperature, grammar=Only(2), logprobs=3, **options))
+    assert found.token_id == 2 and found.finite and found.failure is None
+    assert found.logprobs.logprob == 0
+    assert found.logprobs.top == ((2, 0.0), *((i, -math.inf) for i, _ in found.logprobs.top[1:]))
+
+
+def test_the_grammar_comes_after_bias_and_before_truncation():
+    liked = {"logit_bias": {1: 100.0, 3: 5.0}, "grammar": Only(0, 2, 3)}
+    assert [s.token_id for s in sampled([LOGITS], sequence([0], [], temperature=0.0, **liked))] == [3]
+    cut = [sequence([0], [], temperature=1.0, top_k=2, seed=i, grammar=Only(0, 2, 4)) for i in range(64)]
+    assert {s.token_id for s in sampled([LOGITS] * 64, *cut)} == {0, 4}, "the two likeliest of the allowed"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-6, 1.0])
+def test_min_tokens_gives_way_where_the_grammar_allows_nothing_but_the_end(temperature):
+    held = {"min_tokens": 3, "stop_token_ids": frozenset({1}), "temperature": temperature}
+    [ends] = sampled([LOGITS], sequence([0], [], grammar=Only(1), **held))
+    assert ends.token_id == 1
+    goes_on = [sequence([0], [], grammar=Only(1, 2), seed=i, **held) for i in range(32)]
+    assert {s.token_id for s in sampled([LOGITS] * 32, *goes_on)} == {2}
+
+
+def test_rows_beside_a_grammar_keep_their_numbers():
+    logits = [torch.randn(5, generator=torch.Generator().manual_seed(i)) for i in range(6)]
+    options = [
+        {"temperature": 0.0},
+        {"temperature": 1.0, "seed": 4},
+        {"logit_bias": {0: 1.5}, "temperature": 0.7, "seed": 5},
+    ]
+
+    def rows(masked):
+        grammars = [Only(3) if masked else None, Broken() if masked else None]
+        return [
+            sequence([1], [2], logprobs=2, grammar=grammar, **o)
+            for o in options
+            for grammar in (None, grammars[len(o) > 1])
+        ]
+
+    beside, alone = sampled(logits, *rows(True)), sampled(logits, *rows(False))
+    assert beside[::2] == alone[::2]
+    assert [s.failure and s.failure.code for s in beside] == [
+        None,
+        None,
+        None,
+        "grammar_failed",
+        None,
+        "grammar_failed",
+    ]
+    assert beside[1].token_id == 3
+
+
+def test_a_draw_never_falls_on_a_token_of_no_probability():
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.1, -torch.inf]])
+    for uniform in (0.0, 0.5, 1.0 - 2**-53, 1.0):
+        tokens = draw(logits, [SamplingOptions(max_tokens=1)], torch.tensor([uniform], dtype=torch.float64))
+        assert tokens.item() in (1, 3)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 31, 32, 33, 330])
+def test_words_are_unpacked_bit_by_bit(vocab_size):
+    generator = np.random.default_rng(vocab_size)
+    words = generator.integers(-(2**31), 2**31, (3, -(-vocab_size // 32)), dtype=np.int32)
+    wanted = [[bool(int(row[t // 32]) >> (t % 32) & 1) for t in range(vocab_size)] for row in words]
+    assert unpack(words, vocab_size, torch.device("cpu")).tolist() == wanted
+    assert unpack_on_device(torch.from_numpy(words), vocab_size).tolist() == wanted

@@ -138,10 +138,19 @@ class EngineCore:
             if not sampled.finite:
                 self._fail(group, GenerationError("the model produced NaN or infinite logits", "non_finite_logits"))
                 continue
+            grammar = sequence.grammar
+            try:
+                if sampled.failure is not None:
+                    raise sampled.failure
+                if grammar is not None:
+                    grammar.accept(sampled.token_id)
+            except GenerationError as error:
+                self._fail(group, error)
+                continue
             options = sequence.request.sampling
             sequence.token_ids.append(sampled.token_id)
             full = len(sequence.token_ids) >= self.max_model_len
-            if sampled.token_id in options.stop_token_ids:
+            if sampled.token_id in options.stop_token_ids or (grammar is not None and grammar.finished):
                 sequence.finish_reason = "stop"
             elif full or sequence.num_completion_tokens >= options.max_tokens:
                 sequence.finish_reason = "length"

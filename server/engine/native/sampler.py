@@ -8,23 +8,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from server.engine.base import SamplingOptions, TokenLogprobs
+from server.engine.base import GenerationError, SamplingOptions, TokenLogprobs
 from server.engine.native.sequence import Sequence
+from server.engine.native.token_mask import constrain
 
 BLOCK = 64
+BANNED = -1e20  # what only a grammar that allows nothing else can bring back
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """One sequence's next token; `finite` is False where its logits were not, and then the token means nothing."""
+    """One sequence's next token. It means nothing where its logits were not `finite`, or its grammar met a `failure`."""
 
     token_id: int
     logprobs: TokenLogprobs | None
     finite: bool
+    failure: GenerationError | None = None
 
 
 def sample(logits: Tensor, sequences: list[Sequence]) -> list[Sampled]:
-    """Draw the next token of each sequence.
+    """Draw the next token of each sequence: penalties and bias, then its grammar's mask, then temperature and truncation.
+
+    A grammar's state is read and not moved. Log-probabilities are of the masked distribution, so a token that is not allowed has
+    none: -inf.
 
     Args:
         logits: (S, V), any float dtype, one row a sequence; not modified.
@@ -33,20 +39,32 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> list[Sampled]:
     logits = logits.float()
     largest, tokens = likeliest(logits)
     finite = largest.isfinite()
-    if adjusted := [row for row, sequence in enumerate(sequences) if _adjusts(sequence)]:
+    adjusted = [row for row, sequence in enumerate(sequences) if _adjusts(sequence)]
+    masked = {row: sequence.grammar for row, sequence in enumerate(sequences) if sequence.grammar is not None}
+    failures: dict[int, GenerationError] = {}
+    if adjusted or masked:
         logits = logits.clone()
         for row in adjusted:
             logits[row] = adjust(logits[row], sequences[row])
             tokens[row] = logits[row].argmax()
+    if masked:
+        failures = constrain(logits, masked)
+        rows = list(masked)
+        tokens[rows] = likeliest(logits[rows])[1]
     drawn = [row for row, s in enumerate(sequences) if s.request.sampling.temperature > 0]
     if drawn:
         options = [sequences[row].request.sampling for row in drawn]
-        uniforms = torch.tensor([sequences[row].random.random() for row in drawn], device=logits.device)
+        uniforms = torch.tensor(
+            [sequences[row].random.random() for row in drawn], device=logits.device, dtype=torch.float64
+        )
         tokens[drawn] = draw(logits[drawn], options, uniforms)
     logprobs = _logprobs(logits, tokens, [s.request.sampling for s in sequences])
     # The one synchronisation of a step, where nobody asks for log-probabilities.
     chosen, sound = torch.stack([tokens, finite.long()]).tolist()
-    return [Sampled(*fields) for fields in zip(chosen, logprobs, map(bool, sound), strict=True)]
+    return [
+        Sampled(token, logprob, bool(is_sound), failures.get(row))
+        for row, (token, logprob, is_sound) in enumerate(zip(chosen, logprobs, sound, strict=True))
+    ]
 
 
 def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,10 +81,15 @@ def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw(logits: Tensor, options: list[SamplingOptions], uniforms: Tensor) -> Tensor:
-    """Temperature, min-p, top-k, top-p, then inverse-CDF sampling: (R, V) logits and (R,) uniforms in [0, 1) → (R,) tokens."""
+    """Temperature, min-p, top-k, top-p, then inverse-CDF sampling: (R, V) logits and (R,) uniforms in [0, 1) → (R,) tokens.
+
+    A token whose logit is -inf is never drawn; each row needs one that is finite.
+    """
     device = logits.device
     temperature = torch.tensor([o.temperature for o in options], device=device)
-    probabilities = torch.softmax(logits / temperature[:, None], dim=-1)
+    temperature = temperature.clamp(min=torch.finfo(temperature.dtype).tiny)
+    # From the largest down, so that no temperature makes an infinity of a finite logit that is the only one.
+    probabilities = torch.softmax((logits - logits.amax(dim=-1, keepdim=True)) / temperature[:, None], dim=-1)
     ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
     vocab = ranked.shape[-1]
     top_k = torch.tensor([o.top_k or vocab for o in options], device=device)
@@ -80,7 +103,8 @@ def draw(logits: Tensor, options: list[SamplingOptions], uniforms: Tensor) -> Te
     ranked = torch.where((before < top_p[:, None]) | (rank == 0), ranked, 0.0)
     cumulative = ranked.double().cumsum(dim=-1)
     target = uniforms.double()[:, None] * cumulative[:, -1:]
-    chosen = torch.searchsorted(cumulative, target, right=True).clamp(max=vocab - 1)
+    last = (ranked > 0).sum(dim=-1, keepdim=True) - 1  # the target may be rounded up to the whole
+    chosen = torch.minimum(torch.searchsorted(cumulative, target, right=True), last)
     return order.gather(-1, chosen).squeeze(-1)
 
 
@@ -103,7 +127,7 @@ def adjust(logits: Tensor, sequence: Sequence) -> Tensor:
         ids = torch.tensor(list(options.logit_bias), device=logits.device)
         logits[ids] += torch.tensor(list(options.logit_bias.values()), dtype=logits.dtype, device=logits.device)
     if sequence.num_completion_tokens < options.min_tokens and options.stop_token_ids:
-        logits[sorted(options.stop_token_ids)] = -torch.inf
+        logits[sorted(options.stop_token_ids)] = -torch.inf if sequence.grammar is None else BANNED
     return logits
 
 

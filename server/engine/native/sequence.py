@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Protocol
 
-from server.engine.base import FinishReason, GenerationRequest, TokenEvent
+from server.engine.base import FinishReason, GenerationRequest, GrammarState, TokenEvent
 from steering.decision import ProfileDecision, SteeringDecision
 
 Deliver = Callable[[TokenEvent | SteeringDecision | Exception], None]
@@ -25,7 +25,7 @@ class Phase(Enum):
 
 @dataclass(eq=False)
 class Sequence:
-    """Completion `index` of a request: its tokens, its slot in the KV cache, and its own random stream.
+    """Completion `index` of a request: its tokens, its slot in the KV cache, its own random stream and way through a grammar.
 
     While it is prefilled, `num_done` of its tokens have passed `segment`, and all of them the segments before it.
     """
@@ -39,6 +39,7 @@ class Sequence:
     num_done: int = 0
     finish_reason: FinishReason | None = None
     random: random.Random = field(default_factory=random.Random)
+    grammar: GrammarState | None = None
 
     @property
     def request(self) -> GenerationRequest:
@@ -110,11 +111,13 @@ class SequenceGroup:
     @classmethod
     def of(cls, request: GenerationRequest, deliver: Deliver, *, score_only: bool = False) -> SequenceGroup:
         """A waiting group of `request.n` sequences. With a seed, each completion's random stream follows from seed and index."""
-        seed = request.sampling.seed
+        seed, grammar = request.sampling.seed, request.sampling.grammar
         group = cls(request, deliver, SteeringState(len(request.prompt_token_ids)), score_only=score_only)
         for index in range(1 if score_only else request.n):
             stream = random.Random(None if seed is None else f"{seed}/{index}")
-            group.sequences.append(Sequence(group, index, list(request.prompt_token_ids), random=stream))
+            sequence = Sequence(group, index, list(request.prompt_token_ids), random=stream)
+            sequence.grammar = None if grammar is None else grammar.begin()
+            group.sequences.append(sequence)
         return group
 
     @property
