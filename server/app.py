@@ -16,6 +16,7 @@ from server.api.engine_errors import api_error
 from server.config import ServerConfig
 from server.engine.base import Engine, EngineError
 from server.errors import ApiError, InternalError, InvalidRequestError, MethodNotAllowedError, NotFoundError
+from server.grammar.compiler import GrammarCompiler
 from server.observability.metrics import Metrics
 from server.prompting.prompter import Prompter
 from server.service import Service
@@ -28,6 +29,7 @@ def create_app(config: ServerConfig, engine: Engine, prompter: Prompter, metrics
         metrics: the engine's observer, not yet attached to it.
     """
     metrics.attach(engine)
+    grammars = GrammarCompiler(prompter.vocabulary, prompter.eos_token_ids, engine.info.vocab_size)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -37,6 +39,7 @@ def create_app(config: ServerConfig, engine: Engine, prompter: Prompter, metrics
         finally:
             await engine.stop()
             prompter.close()
+            grammars.close()
 
     app = FastAPI(
         title="FineSteer server",
@@ -45,7 +48,7 @@ def create_app(config: ServerConfig, engine: Engine, prompter: Prompter, metrics
         lifespan=lifespan,
         redirect_slashes=False,
     )
-    app.state.service = Service(config, engine, prompter, metrics)
+    app.state.service = Service(config, engine, prompter, metrics, grammars)
     for module in (chat, completions, models, steering, ops):
         app.include_router(module.router)
     app.add_middleware(RequestContext, api_key=config.api_key)

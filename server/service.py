@@ -13,8 +13,9 @@ from server.answers.generation import Generation
 from server.answers.parts import Turn
 from server.config import ServerConfig
 from server.conversation import Conversation
-from server.engine.base import Engine, GenerationRequest, SamplingOptions
+from server.engine.base import Engine, GenerationRequest, Grammar, SamplingOptions
 from server.errors import InvalidRequestError, NotFoundError
+from server.grammar.compiler import GrammarCompiler
 from server.observability.metrics import Metrics
 from server.prompting.prompter import Prompter
 from server.steering_options import Resolved, SteeringHeaders, alias_profiles, resolve
@@ -31,6 +32,7 @@ class Service:
     engine: Engine
     prompter: Prompter
     metrics: Metrics
+    grammars: GrammarCompiler
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -67,12 +69,14 @@ class Service:
         limit: int | None,
         logprobs: int | None,
         param: str,
+        grammar: Grammar | None = None,
     ) -> GenerationRequest:
         """The engine's request for one prompt.
 
         Args:
             limit: the most tokens a completion may have; it is an upper bound, so less room in the context lowers it.
             param: the field that holds the prompt, for messages.
+            grammar: what each completion must spell.
         Raises:
             InvalidRequestError.
         """
@@ -95,6 +99,7 @@ class Service:
             stop_token_ids=stop_ids if fields.ignore_eos else stop_ids | self.prompter.eos_token_ids,
             min_tokens=_or(fields.min_tokens, 0),
             logprobs=logprobs,
+            grammar=grammar,
         )
         return GenerationRequest(request_id, prompt, sampling, steering, n=fields.n or 1)
 
@@ -129,7 +134,10 @@ class Service:
     ) -> Turn:
         """The assistant's turn in a conversation, not yet begun; arguments and errors as for `request`."""
         prompt = await self.prompter.chat(conversation)
-        request = self.request(request_id, prompt, steering, fields, limit=limit, logprobs=logprobs, param=param)
+        grammar = await self.grammars.text_format(conversation.text_format)
+        request = self.request(
+            request_id, prompt, steering, fields, limit=limit, logprobs=logprobs, param=param, grammar=grammar
+        )
         return Turn(self.generation(request, fields.stop))
 
     def generation(self, request: GenerationRequest, stops: Sequence[str]) -> Generation:

@@ -8,10 +8,11 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from server.conversation import Conversation
+from server.conversation import Conversation, TextFormat
 from server.wire.base import RequestModel, ResponseModel, Unsupported, inconsistent
 from server.wire.completions import Usage
 from server.wire.parsing import shown
+from server.wire.response_format import ResponseFormat
 from server.wire.sampling import SamplingFields
 from server.wire.steering import SteeringFields, SteeringReport
 from server.wire.tools import MAX_TOOLS, CallDelta, PastToolCall, ToolCall, ToolFields
@@ -98,15 +99,13 @@ class ChatCompletionRequest(SamplingFields, ToolFields):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
         "functions": Unsupported(_OLD_TOOLS, ([],)),
         "function_call": Unsupported(_OLD_TOOLS, ("none", "auto")),
-        "response_format": Unsupported(
-            'Only {"type": "text"} is built; ask for JSON in the prompt.', ({"type": "text"},)
-        ),
         "modalities": Unsupported('Answers are text; send ["text"] or nothing.', (["text"],)),
         "audio": Unsupported("Answers are text; remove the field."),
         "prediction": Unsupported("Remove the field."),
@@ -130,7 +129,8 @@ class ChatCompletionRequest(SamplingFields, ToolFields):
 
     def conversation(self) -> Conversation:
         """What the model is to answer."""
-        return Conversation(tuple(message.for_template() for message in self.messages), self.tool_use())
+        text_format = TextFormat() if self.response_format is None else self.response_format.text_format()
+        return Conversation(tuple(message.for_template() for message in self.messages), self.tool_use(), text_format)
 
     @property
     def completion_limit(self) -> int | None:

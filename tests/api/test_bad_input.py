@@ -24,6 +24,11 @@ def text(**fields):
     return "/v1/completions", {"model": "tiny", "prompt": "hello", "max_tokens": 2} | fields
 
 
+def schema(**fields):
+    json_schema = {"name": "x", "strict": True, "schema": {"type": "object"}} | fields
+    return chat(response_format={"type": "json_schema", "json_schema": json_schema})
+
+
 TOOL = {"type": "function", "function": {"name": "f"}}
 CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 CASES = {
@@ -123,7 +128,27 @@ CASES = {
         chat(tools=[TOOL], tool_choice={"type": "function", "function": {"name": "g"}}), 400, "tool_choice", 'no tool is called "g"',
     ),
     "functions": (chat(functions=[{"name": "f"}]), 400, "functions", "send tools and tool_choice"),
-    "response_format": (chat(response_format={"type": "json_object"}), 400, "response_format", "not supported"),
+    "response_format a string": (chat(response_format="json"), 400, "response_format", "must be an object"),
+    "response_format of no type": (chat(response_format={}), 400, "response_format.type", "is required"),
+    "response_format of another type": (chat(response_format={"type": "xml"}), 400, "response_format.type", "'json_schema', not \"xml\""),
+    "schema missing": (chat(response_format={"type": "json_schema"}), 400, "response_format.json_schema", "is required"),
+    "schema out of place": (
+        chat(response_format={"type": "json_object", "json_schema": {"name": "x"}}),
+        *(400, "response_format.json_schema", 'read only with type "json_schema"'),
+    ),
+    "schema without a name": (schema(name=None), 400, "response_format.json_schema.name", "must be a string"),
+    "schema with a bad name": (schema(name="a b"), 400, "response_format.json_schema.name", "^[a-zA-Z0-9_-]{1,64}$"),
+    "schema no object": (schema(schema=[]), 400, "response_format.json_schema.schema", "must be an object"),
+    "schema with unknown field": (schema(strcit=True), 400, "response_format.json_schema.strcit", "unknown field"),
+    "strict a string": (schema(strict="yes"), 400, "response_format.json_schema.strict", "must be true or false"),
+    "schema that cannot be enforced": (
+        schema(schema={"not": {}}),
+        *(400, "response_format.json_schema.schema", "the schema 'x' cannot be enforced: Unimplemented keys: [\"not\"]"),
+    ),
+    "schema too large": (
+        schema(schema={"enum": list(range(2000))}),
+        *(400, "response_format.json_schema.schema", "an enum has 2000 values; the limit is 1000"),
+    ),
     "audio": (chat(modalities=["text", "audio"]), 400, "modalities", "not supported"),
     "store": (chat(store=True), 400, "store", "not supported"),
     "no prompt": (("/v1/completions", {"model": "tiny"}), 400, "prompt", "is required"),
