@@ -29,7 +29,8 @@ def create_app(config: ServerConfig, engine: Engine, prompter: Prompter, metrics
         metrics: the engine's observer, not yet attached to it.
     """
     metrics.attach(engine)
-    grammars = GrammarCompiler(prompter.vocabulary, prompter.eos_token_ids, engine.info.vocab_size)
+    markers = prompter.tools.format.markers if prompter.tools.format else ()
+    grammars = GrammarCompiler(prompter.vocabulary, prompter.eos_token_ids, engine.info.vocab_size, markers)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

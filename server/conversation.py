@@ -16,14 +16,14 @@ class TextFormat:
     Attributes:
         name: the schema's, for messages.
         strict: refuse a schema that cannot be enforced whole; otherwise do as much of it as can be done.
-        param: the request's field that holds it, for messages.
+        param: the request's field that holds the schema, for messages.
     """
 
     type: Literal["text", "json_object", "json_schema"] = "text"
     name: str | None = None
     schema: Mapping[str, Any] | None = None
     strict: bool = False
-    param: str = "response_format"
+    param: str = "response_format.json_schema.schema"
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from server.grammar.compiler import GrammarCompiler
 from server.observability.metrics import Metrics
 from server.prompting.prompter import Prompter
 from server.steering_options import Resolved, SteeringHeaders, alias_profiles, resolve
+from server.tools.plan import plan_answer
 from server.wire.sampling import SamplingFields
 from server.wire.steering import SteeringFields
 from steering.decision import SteeringOptions
@@ -134,15 +135,17 @@ class Service:
     ) -> Turn:
         """The assistant's turn in a conversation, not yet begun; arguments and errors as for `request`."""
         prompt = await self.prompter.chat(conversation)
-        grammar = await self.grammars.text_format(conversation.text_format)
+        plan = await plan_answer(conversation, self.prompter.tools.format, self.grammars)
         request = self.request(
-            request_id, prompt, steering, fields, limit=limit, logprobs=logprobs, param=param, grammar=grammar
+            request_id, prompt, steering, fields, limit=limit, logprobs=logprobs, param=param, grammar=plan.grammar
         )
-        return Turn(self.generation(request, fields.stop))
+        return Turn(self.generation(request, fields.stop, plan.markers), plan.new_parser, plan.new_call_id)
 
-    def generation(self, request: GenerationRequest, stops: Sequence[str]) -> Generation:
-        """A run of `request`, not yet begun."""
-        return Generation(self.engine, request, self.prompter.vocabulary, stops, self.metrics)
+    def generation(self, request: GenerationRequest, stops: Sequence[str], markers: Sequence[str] = ()) -> Generation:
+        """A run of `request`, not yet begun. `markers`: special tokens that are shown nevertheless."""
+        vocabulary = self.prompter.vocabulary
+        shown = vocabulary.showing(markers) if markers else vocabulary
+        return Generation(self.engine, request, shown, stops, self.metrics)
 
     def _check_sampling(self, fields: SamplingFields, max_tokens: int) -> None:
         info = self.engine.info

@@ -61,7 +61,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=256,
+        max_position_embeddings=2048,
         initializer_range=0.3,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,

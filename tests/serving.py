@@ -68,6 +68,7 @@ async def serving(artifacts: Artifacts, names: tuple[str, ...] = ("safety",), **
     config = ServerConfig(
         **(
             {"model": str(artifacts.model), "served_model_name": "tiny", "profiles": profiles, "shutdown_grace_s": 0.0}
+            | {"max_model_len": 256}
             | options
         )
     )

@@ -9,8 +9,7 @@ from typing import cast
 
 from server.engine.base import Engine, EngineError, FinishReason, GenerationRequest, TokenEvent, TokenLogprobs
 from server.observability.metrics import Metrics
-from server.prompting.detokenizer import TextStream
-from server.prompting.vocabulary import Vocabulary
+from server.prompting.detokenizer import TextStream, TokenBytes
 from steering.decision import SteeringDecision
 
 
@@ -40,7 +39,7 @@ class Generation:
     """
 
     def __init__(
-        self, engine: Engine, request: GenerationRequest, vocabulary: Vocabulary, stops: Sequence[str], metrics: Metrics
+        self, engine: Engine, request: GenerationRequest, vocabulary: TokenBytes, stops: Sequence[str], metrics: Metrics
     ) -> None:
         self.request = request
         self.decision: SteeringDecision | None = None

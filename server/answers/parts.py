@@ -75,7 +75,7 @@ class Turn:
 
     generation: Generation
     new_parser: Callable[[], CallParser] | None = None
-    new_call_id: Callable[[], str] = lambda: ""
+    new_call_id: Callable[[], str] = str
 
     async def parts(self) -> AsyncIterator[Part]:
         """Of a generation that has been started: its completions' parts, interleaved, each completion ending with `End`."""

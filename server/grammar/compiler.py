@@ -52,15 +52,7 @@ class GrammarCompiler:
 
     async def text_format(self, wanted: TextFormat) -> Grammar | None:
         """What an answer's text must spell; None where it may be anything. Raises InvalidRequestError."""
-        if wanted.type == "text":
-            return None
-        param = f"{wanted.param}.json_schema.schema" if wanted.type == "json_schema" else wanted.param
-        schema = ANY_OBJECT if wanted.schema is None else wanted.schema
-        return await self.json_schema(schema, strict=wanted.strict, what=f"the schema {wanted.name!r}", param=param)
-
-    async def json_object(self) -> Grammar:
-        """Any JSON object."""
-        return await self.json_schema(ANY_OBJECT, strict=True, what="any object", param="response_format")
+        return None if wanted.type == "text" else await self.json_schema(**_schema_of(wanted))
 
     async def json_schema(self, schema: Mapping[str, Any] | bool, *, strict: bool, what: str, param: str) -> Grammar:
         """JSON after a schema; with `strict` all of it, else as much of it as can be enforced.
@@ -80,6 +72,10 @@ class GrammarCompiler:
         """
         _, text = await self._json(schema, strict, what, param)
         return text
+
+    async def embeddable_format(self, wanted: TextFormat) -> str:
+        """The same for a text format that is not "text"."""
+        return await self.embeddable(**_schema_of(wanted))
 
     async def lark(self, text: str, *, what: str, param: str) -> Grammar:
         """A grammar in llguidance's dialect of Lark, its start rule `start`. Schemas in it come from `embeddable`.
@@ -131,6 +127,12 @@ class GrammarCompiler:
                 build_tokenizer, self._vocabulary, self._eos_token_ids, self._vocab_size, markers
             )
         return await _result(self._tokenizers[markers])
+
+
+def _schema_of(wanted: TextFormat) -> dict[str, Any]:
+    """The arguments for `json_schema` that a text format stands for."""
+    schema = ANY_OBJECT if wanted.schema is None else wanted.schema
+    return {"schema": schema, "strict": wanted.strict, "what": f"the schema {wanted.name!r}", "param": wanted.param}
 
 
 async def _result(future: Future) -> Any:

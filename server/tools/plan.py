@@ -21,7 +21,7 @@ class AnswerPlan:
     grammar: Grammar | None = None
     new_parser: Callable[[], Parser] | None = None
     markers: tuple[str, ...] = ()
-    new_call_id: Callable[[], str] | None = None
+    new_call_id: Callable[[], str] = str
 
 
 async def plan_answer(conversation: Conversation, form: ToolFormat | None, compiler: GrammarCompiler) -> AnswerPlan:
@@ -56,7 +56,7 @@ async def plan_answer(conversation: Conversation, form: ToolFormat | None, compi
         for number, tool in enumerate(use.tools)
         if tool.name in names
     }
-    answer = await compiler.embeddable_format(wanted)
+    answer = None if wanted.type == "text" else await compiler.embeddable_format(wanted)
     text = tool_grammar(form, use, arguments, answer)
     grammar = await compiler.lark(text, what="the grammar of these tools", param="tools")
     return AnswerPlan(grammar, plan.new_parser, plan.markers, plan.new_call_id)

@@ -132,7 +132,7 @@ def test_a_limit_below_a_profiles_own_strength(artifacts):
 
 
 def test_a_context_longer_than_the_models(artifacts):
-    assert "--max-model-len 9999 is more than the 256" in refusal(
+    assert "--max-model-len 9999 is more than the 2048" in refusal(
         "--model", str(artifacts.model), "--max-model-len", "9999"
     )
 

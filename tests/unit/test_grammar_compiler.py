@@ -108,7 +108,7 @@ async def test_what_cannot_be_enforced_is_let_pass_where_it_is_not_strict():
 
 async def test_any_object_is_an_object_and_may_be_empty():
     tokenizer = byte_level()
-    grammar = await compiler_for(tokenizer).json_object()
+    grammar = await compiler_for(tokenizer).text_format(TextFormat("json_object"))
     state = grammar.begin()
     for token in tokenizer.encode("{}", add_special_tokens=False):
         assert token in allowed(state.mask())
@@ -128,7 +128,7 @@ async def test_text_formats():
     bad = TextFormat("json_schema", "x", {"not": {}}, strict=True, param="text.format")
     with pytest.raises(InvalidRequestError, match="'x'") as refusal:
         await compiler.text_format(bad)
-    assert refusal.value.param == "text.format.json_schema.schema"
+    assert refusal.value.param == "text.format"
 
 
 async def test_a_schema_inside_a_lark_grammar_is_as_strict_as_by_itself():
@@ -156,7 +156,7 @@ async def test_without_an_end_token_nothing_is_promised():
     tokenizer = byte_level()
     compiler = module.GrammarCompiler(compiler_for(tokenizer)._vocabulary, (), len(tokenizer))
     with pytest.raises(InvalidRequestError, match="no end-of-sequence token"):
-        await compiler.json_object()
+        await compiler.text_format(TextFormat("json_object"))
 
 
 async def test_each_grammar_is_compiled_once_whoever_asks(monkeypatch):

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from server.conversation import TextFormat
 from server.errors import InvalidRequestError
 from server.grammar import schema as bounds
 from server.grammar.schema import SchemaError, schema_texts
@@ -113,7 +114,7 @@ HARMLESS = {
 @pytest.mark.parametrize("name", HOSTILE)
 async def test_what_cannot_be_enforced_is_refused_by_name_and_at_once(name):
     compiler = compiler_for(byte_level())
-    await compiler.json_object()
+    await compiler.text_format(TextFormat("json_object"))
     begun = time.perf_counter()
     with pytest.raises(InvalidRequestError, match="the schema 'x' cannot be enforced: ") as refusal:
         await compiler.json_schema(HOSTILE[name], strict=True, what="the schema 'x'", param="some.field")
@@ -125,7 +126,7 @@ async def test_what_cannot_be_enforced_is_refused_by_name_and_at_once(name):
 @pytest.mark.parametrize("name", HARMLESS)
 async def test_what_looks_dear_compiles_at_once(name):
     compiler = compiler_for(byte_level())
-    await compiler.json_object()
+    await compiler.text_format(TextFormat("json_object"))
     begun = time.perf_counter()
     state = (await compiler.json_schema(HARMLESS[name], strict=True, what="it", param="p")).begin()
     assert any(state.mask())
