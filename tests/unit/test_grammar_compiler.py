@@ -186,22 +186,37 @@ async def test_each_grammar_is_compiled_once_whoever_asks(monkeypatch):
     assert len(made) == 4, "the one that was longest unused had been dropped"
 
 
-async def test_a_compile_that_takes_too_long_is_refused_and_leaves_the_event_loop_free(monkeypatch):
-    release = threading.Event()
+@pytest.fixture
+def release(monkeypatch):
+    """Compiles wait for this event."""
+    event = threading.Event()
 
     class Slow(module.CompiledGrammar):
         def __init__(self, tokenizer, grammar):
-            release.wait(10)
+            event.wait(10)
             super().__init__(tokenizer, grammar)
 
     monkeypatch.setattr(module, "CompiledGrammar", Slow)
+    return event
+
+
+async def test_who_leaves_while_a_compile_waits_for_a_thread_ends_it_for_nobody(release):
+    compiler = compiler_for(byte_level())
+    busy = [asyncio.create_task(schema_grammar(compiler, SCHEMAS[name])) for name in ("person", "numbers")]
+    leaver, other = (asyncio.create_task(schema_grammar(compiler, SCHEMAS["both"])) for _ in range(2))
+    await asyncio.sleep(0.2)
+    leaver.cancel()
+    await asyncio.sleep(0.02)
+    release.set()
+    assert (await other).begin()
+    await asyncio.gather(*busy)
+
+
+async def test_a_compile_that_takes_too_long_is_refused_and_leaves_the_event_loop_free(monkeypatch, release):
     monkeypatch.setattr(module, "MAX_COMPILE_S", 0.1)
     compiler = compiler_for(byte_level())
     begun = time.perf_counter()
     task = asyncio.create_task(schema_grammar(compiler, SCHEMAS["both"]))
-    leaver = asyncio.create_task(schema_grammar(compiler, SCHEMAS["both"]))
-    await asyncio.sleep(0.02)
-    leaver.cancel()
     with pytest.raises(InvalidRequestError, match=r"takes more than 0\.1 s"):
         await task
     assert time.perf_counter() - begun < 5

@@ -117,5 +117,6 @@ async def test_a_tokenizer_that_truncates_and_pads_is_not_asked_to():
     tokenizer.backend_tokenizer.enable_padding(length=64)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|im_end|>")
     value = {"hello world": "the cat sat on the mat"}
-    grammar = await const(compiler_for(tokenizer), value)
-    assert json.loads(spelt(tokenizer, walk(grammar, 3))) == value
+    found = walk(await const(compiler_for(tokenizer), value), 3)
+    assert found == walk(await const(compiler_for(byte_level()), value), 3)
+    assert json.loads(spelt(tokenizer, found)) == value

@@ -110,7 +110,7 @@ def sampled(logits, *sequences):
     return sample(torch.stack(logits), list(sequences))
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1e-40, 1e-3, 1.0, 2.0])
+@pytest.mark.parametrize("temperature", [0.0, 1e-300, 1e-40, 1e-3, 1.0, 2.0])
 def test_only_what_the_grammar_allows_is_chosen(temperature):
     asked = [sequence([0], [], temperature=temperature, seed=seed, grammar=Only(0, 2)) for seed in range(64)]
     found = {s.token_id for s in sampled([LOGITS] * 64, *asked)}
@@ -121,7 +121,7 @@ def test_only_what_the_grammar_allows_is_chosen(temperature):
     assert plain > {1} if temperature >= 1 else plain == {1}
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1e-40, 1e-3, 1.0])
+@pytest.mark.parametrize("temperature", [0.0, 1e-300, 1e-40, 1e-3, 1.0])
 @pytest.mark.parametrize("options", [{}, {"top_k": 1}, {"top_p": 0.1}, {"min_p": 0.9}, {"logit_bias": {2: -100.0}}])
 def test_a_grammar_that_allows_one_token_gets_it(options, temperature):
     logits = LOGITS * 1000
