@@ -50,6 +50,9 @@ class SamplingOptions:
     `logprobs`: None = none, k = the chosen token's and the k likeliest (0 = only the chosen one's), of the model's
     distribution before temperature and truncation (OpenAI's meaning), after penalties and bias.
     `repetition_penalty` counts prompt and completion; presence and frequency penalties count the completion.
+    `prompt_logprobs`: the same for the prompt's tokens, each given those before it: of the distribution that the model has
+    under the request's steering, and untouched by penalties, bias and grammar. With `positions: "all"` a vector acts on the
+    prompt's states, so these are the steered model's; with "last" the prompt's are the plain model's.
     `grammar` masks each completion's logits, after penalties and bias: it wins over all of them, over `min_tokens` too.
     """
 
@@ -66,6 +69,7 @@ class SamplingOptions:
     stop_token_ids: frozenset[int] = frozenset()
     min_tokens: int = 0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     grammar: Grammar | None = None
 
 
@@ -83,15 +87,22 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probability of the chosen token, and the likeliest `(token_id, logprob)` in falling order."""
+    """Log-probability of the chosen token, and the likeliest `(token_id, logprob)` in falling order.
+
+    `rank`: one more than there are likelier tokens, so 1 for the likeliest. Given for prompts' tokens only.
+    """
 
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None
 
 
 @dataclass(frozen=True)
 class TokenEvent:
     """One new token of completion `index` (0 ≤ index < n). `decision` is set on a request's first event, and only there.
+
+    So are `prompt_logprobs`, where they are asked for: one a prompt token, None for the first, which nothing foretells; and
+    `num_cached_tokens`: how many of the prompt's tokens passed no layer, since all that comes of them was in the prefix cache.
 
     A token in `stop_token_ids` ends the completion and is delivered with `finish_reason="stop"` (the server shows no
     text for it); it counts as a completion token.
@@ -102,6 +113,8 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
     logprobs: TokenLogprobs | None = None
     decision: SteeringDecision | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True)

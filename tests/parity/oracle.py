@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import torch
 from transformers import PreTrainedModel
@@ -50,32 +52,54 @@ def two_pass(
     profiles below it act, as a single pass does); then prompt and answer are run again, whole, with the vectors added.
     No cache, no packing, no batch.
     """
-    implementation = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        vectors: dict[int, list[tuple[np.ndarray, str]]] = {}
-        gates = []
-        for layer in sorted({profile.layer for profile, _ in steering}):
-            state = _site(model, prompt, vectors, layer, len(prompt))[-1]
-            here = []
-            for profile, activation in steering:
-                if profile.layer != layer:
-                    continue
-                g, v = gate_and_vector(profile, state)
-                g = {"auto": g, "open": 1.0, "closed": 0.0}[activation.gate]
-                gates.append(g)
-                strength = 0.0 if activation.shadow else activation.strength
-                here.append((strength * g * v, activation.positions))
-            vectors[layer] = here
+    with _eager(model):
+        vectors, gates = _vectors(model, prompt, steering)
         tokens, logprobs = list(prompt), []
         for _ in range(num_tokens):
-            logits = _logits(model, tokens, vectors, len(prompt))
+            logits = _logits(model, tokens, vectors, len(prompt))[-1]
             table = torch.log_softmax(logits.double(), -1)
             tokens.append(int(table.argmax()))
             logprobs.append(float(table.max()))
         return tokens[len(prompt) :], logprobs, gates
+
+
+@torch.no_grad()
+def prompt_table(
+    model: PreTrainedModel, prompt: list[int], steering: list[tuple[SteeringProfile, ProfileActivation]] = ()
+) -> torch.Tensor:
+    """log p(t | prompt up to position i) for each i and every token t: (P, V) float64, in two passes as above."""
+    with _eager(model):
+        vectors, _ = _vectors(model, prompt, steering)
+        return torch.log_softmax(_logits(model, prompt, vectors, len(prompt)).double(), -1)
+
+
+@contextlib.contextmanager
+def _eager(model):
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
     finally:
         model.set_attn_implementation(implementation)
+
+
+def _vectors(model, prompt, steering):
+    """What is added at each layer, with its positions; and the gates, from the lowest layer up."""
+    vectors: dict[int, list[tuple[np.ndarray, str]]] = {}
+    gates = []
+    for layer in sorted({profile.layer for profile, _ in steering}):
+        state = _site(model, prompt, vectors, layer, len(prompt))[-1]
+        here = []
+        for profile, activation in steering:
+            if profile.layer != layer:
+                continue
+            g, v = gate_and_vector(profile, state)
+            g = {"auto": g, "open": 1.0, "closed": 0.0}[activation.gate]
+            gates.append(g)
+            strength = 0.0 if activation.shadow else activation.strength
+            here.append((strength * g * v, activation.positions))
+        vectors[layer] = here
+    return vectors, gates
 
 
 def _hooks(model, vectors, num_prompt):
@@ -113,7 +137,7 @@ def _site(model, tokens, vectors, layer, num_prompt):
 def _logits(model, tokens, vectors, num_prompt):
     handles = _hooks(model, vectors, num_prompt)
     try:
-        return model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1]
+        return model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
     finally:
         for handle in handles:
             handle.remove()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 import torch
 
@@ -135,7 +137,7 @@ class EngineCore:
                 continue
             sequence.phase = Phase.DECODE
             group = sequence.group
-            if not sampled.finite:
+            if not sampled.finite or not (group.announced or _finite(group)):
                 self._fail(group, GenerationError("the model produced NaN or infinite logits", "non_finite_logits"))
                 continue
             grammar = sequence.grammar
@@ -154,10 +156,8 @@ class EngineCore:
                 sequence.finish_reason = "stop"
             elif full or sequence.num_completion_tokens >= options.max_tokens:
                 sequence.finish_reason = "length"
-            decision = None if group.announced else group.decision  # said once, on the first event
-            group.announced = True
-            event = TokenEvent(sequence.index, sampled.token_id, sequence.finish_reason, sampled.logprobs, decision)
-            self._results.append((group, event))
+            event = TokenEvent(sequence.index, sampled.token_id, sequence.finish_reason, sampled.logprobs)
+            self._results.append((group, event if group.announced else _announce(group, event)))
             if sequence.finish_reason is not None:
                 self.scheduler.finish(sequence)
 
@@ -165,6 +165,20 @@ class EngineCore:
         """End one request with an error."""
         self.scheduler.abort(group)
         self._results.append((group, error))
+
+
+def _announce(group: SequenceGroup, event: TokenEvent) -> TokenEvent:
+    """A request's first event, with what is said of the request once."""
+    group.announced = True
+    scored = group.request.sampling.prompt_logprobs is not None
+    logprobs = tuple(group.prompt_logprobs) if scored else None
+    group.prompt_logprobs.clear()
+    return replace(event, decision=group.decision, prompt_logprobs=logprobs, num_cached_tokens=group.num_cached_tokens)
+
+
+def _finite(group: SequenceGroup) -> bool:
+    """Whether the prompt's log-probabilities, if there are any, are numbers."""
+    return not any(found is not None and math.isnan(found.logprob) for found in group.prompt_logprobs)
 
 
 def _unsafe(group: SequenceGroup) -> GenerationError | None:

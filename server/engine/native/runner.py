@@ -8,6 +8,7 @@ decides it. With several sites each decides on states that the sites below have 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 
@@ -20,6 +21,7 @@ from server.engine.native.cuda_graph import GraphedDecode
 from server.engine.native.decoder import Decoder
 from server.engine.native.kv_cache import KVCache
 from server.engine.native.prefix_cache import PrefixCache
+from server.engine.native.prompt_logprobs import foretold
 from server.engine.native.sampler import Sampled, sample
 from server.engine.native.scheduler import Chunk
 from server.engine.native.sequence import Sequence, SequenceGroup
@@ -56,25 +58,44 @@ class Runner:
         self._readings: dict[tuple[int, bytes, SteeringOptions], Reading] = {}
 
     def enter(self, sequence: Sequence, segment: int) -> None:
-        """Put a sequence at the start of a segment; what is cached of it counts as done."""
-        sequence.segment = segment
-        sequence.num_done = self.prefix_cache.load(sequence, segment)
+        """Put a sequence at the start of a segment; what is cached of it counts as done.
+
+        In the last segment nothing does for a prompt whose log-probabilities are asked for: the cache has no states there, and
+        each row's are needed. What the segments below have of it counts.
+        """
+        group, sequence.segment = sequence.group, segment
+        scored = group.scores_prompt and segment == len(self.segments) - 1
+        sequence.num_done = 0 if scored else self.prefix_cache.load(sequence, segment)
+        if not group.prefilled:
+            found = sequence.num_done
+            group.num_cached_tokens = found if segment == 0 else min(found, group.num_cached_tokens)
 
     def prefill(self, segment: int, chunks: Seq[Chunk]) -> Prefilled:
-        """Run chunks through one segment. Writes their slots, moves their sequences on."""
+        """Run chunks through one segment. Writes their slots, moves their sequences on.
+
+        In the last segment, prompts whose log-probabilities are asked for have a pass of their own, in which every row is
+        computed to its end: the others' numbers and cost are the same as without them.
+        """
+        if segment < len(self.segments) - 1:
+            return self._pass(segment, chunks, self._to_site)
+        scored = [chunk for chunk in chunks if chunk.sequence.group.scores_prompt]
+        plain = [chunk for chunk in chunks if not chunk.sequence.group.scores_prompt] if scored else chunks
+        result = Prefilled()
+        for through, mine in ((self._to_ends, plain), (self._to_every_row, scored)):
+            if mine:
+                found = self._pass(segment, mine, through)
+                result.decided += found.decided
+                result.sampled += found.sampled
+        return result
+
+    def _pass(self, segment: int, chunks: Seq[Chunk], through: Callable[..., Tensor]) -> Prefilled:
+        """`prefill` in one pass; `through` runs the segment's layers and gives the states at prompts' ends, (S, d)."""
         spans, row = [], 0
         for chunk in chunks:
             spans.append(Span(row, chunk.sequence.slot, chunk.start, chunk.stop, chunk.last))
             row += chunk.stop - chunk.start
         step = PrefillStep(self.cache, spans)
-        states, layers = self._inputs(segment, chunks), self.segments[segment]
-        final = segment == len(self.segments) - 1
-        if final:
-            ends = self.decoder.finish(states, layers, step)  # (S, d): each prompt's last token
-        else:
-            states = self.decoder.run(states, layers, step)
-            self.cache.write(self.cache.states, step.slots, step.positions, states[:, None])
-            ends = states[step.end_rows]
+        ends = through(self._inputs(segment, chunks), self.segments[segment], step, chunks)
         for chunk in chunks:
             chunk.sequence.num_done = chunk.stop
             if chunk.last:
@@ -84,12 +105,38 @@ class Runner:
         if not done:
             return result
         result.decided = self._decide(segment, done, ends)
-        if final:
+        if segment == len(self.segments) - 1:
             result.sampled = self._first_tokens(done, ends)
         else:
             for sequence in done:
                 self.enter(sequence, segment + 1)
         return result
+
+    def _to_site(self, states: Tensor, layers: range, step: PrefillStep, chunks: Seq[Chunk]) -> Tensor:
+        """Through layers that end at a site, where every row's state is left."""
+        states = self.decoder.run(states, layers, step)
+        self.cache.write(self.cache.states, step.slots, step.positions, states[:, None])
+        return states[step.end_rows]
+
+    def _to_ends(self, states: Tensor, layers: range, step: PrefillStep, chunks: Seq[Chunk]) -> Tensor:
+        """Through the last layers, for the prompts' ends alone."""
+        return self.decoder.finish(states, layers, step)
+
+    def _to_every_row(self, states: Tensor, layers: range, step: PrefillStep, chunks: Seq[Chunk]) -> Tensor:
+        """Through the last layers with every row, and note the log-probabilities of the prompt tokens that the rows foretell.
+
+        A chunk at a prompt's start begins anew: a request that was preempted in mid-prefill is run, and noted, again.
+        """
+        states, row = self.decoder.run(states, layers, step), 0
+        for chunk in chunks:
+            group, length = chunk.sequence.group, chunk.stop - chunk.start
+            if chunk.start == 0:
+                group.prompt_logprobs = [None]
+            tokens = group.request.prompt_token_ids[chunk.start + 1 : chunk.stop + 1]
+            num_top = group.request.sampling.prompt_logprobs or 0
+            group.prompt_logprobs += foretold(self.decoder.logits, states[row : row + length], tokens, num_top)
+            row += length
+        return states[step.end_rows]
 
     def decode(self, sequences: Seq[Sequence]) -> list[tuple[Sequence, Sampled]]:
         """One token for each of the sequences, which are in the order of their slots."""

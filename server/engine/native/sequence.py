@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Protocol
 
-from server.engine.base import FinishReason, GenerationRequest, GrammarState, TokenEvent
+from server.engine.base import FinishReason, GenerationRequest, GrammarState, TokenEvent, TokenLogprobs
 from steering.decision import ProfileDecision, SteeringDecision
 
 Deliver = Callable[[TokenEvent | SteeringDecision | Exception], None]
@@ -97,6 +97,7 @@ class SequenceGroup:
 
     `score_only`: stop after the decision. `deliver` hands a result to whoever waits for the request. `decision` is there once
     all sites have decided, `prefilled` tells that the prompt is through, `announced` that an event carried the decision.
+    `prompt_logprobs` grows chunk by chunk; `num_cached_tokens` are those found in the prefix cache of every segment.
     """
 
     request: GenerationRequest
@@ -107,6 +108,8 @@ class SequenceGroup:
     decision: SteeringDecision | None = None
     prefilled: bool = False
     announced: bool = False
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    num_cached_tokens: int = 0
 
     @classmethod
     def of(cls, request: GenerationRequest, deliver: Deliver, *, score_only: bool = False) -> SequenceGroup:
@@ -119,6 +122,11 @@ class SequenceGroup:
             sequence.grammar = None if grammar is None else grammar.begin()
             group.sequences.append(sequence)
         return group
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the last segment's pass must give log-probabilities of the prompt: once, though a completion be prefilled again."""
+        return self.request.sampling.prompt_logprobs is not None and not self.prefilled
 
     @property
     def finished(self) -> bool:
