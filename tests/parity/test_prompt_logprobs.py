@@ -14,7 +14,7 @@ from server.engine.native.kv_cache import BLOCK_SIZES
 from server.engine.native.load import make_decoder
 from server.engine.native.sequence import SequenceGroup
 from steering.decision import ProfileActivation
-from tests.engine import DECODERS, answers, asked, reference_model, tiny_core, tiny_decoder
+from tests.engine import DECODERS, answers, asked, block_bytes, reference_model, tiny_core, tiny_decoder
 from tests.parity.oracle import prompt_table
 from tests.tiny import FAMILIES, tiny_model, tiny_profile
 
@@ -150,6 +150,21 @@ def test_cached_tokens_are_those_that_every_segment_found():
     assert cached(OPEN) == 0, "below the site it was found, above it was not: there the vector changes it"
     assert cached(OPEN) == 64
     assert cached(prompt=PROMPTS[3][:40] + PROMPTS[3][:40]) == 32
+
+
+def test_tokens_that_only_the_upper_segment_found_are_not_cached_ones():
+    """Prompts that are scored by the gate alone push others' blocks out below the site, not above it."""
+    core = core_of([profile_of()], prefix_cache_bytes=6 * block_bytes(tiny_decoder(), steered=True))
+    answers(core, [asked("r", PROMPTS[3])])
+    for i in range(4):
+        other = asked("s", [i + 1] * 90)
+        core.add(SequenceGroup.of(other, lambda _: None, score_only=True))
+        while core.has_work:
+            core.step()
+    before = core.stats().prefix_cache_hits
+    again = answers(core, [asked("r", PROMPTS[3])])["r"]
+    assert [now - then for now, then in zip(core.stats().prefix_cache_hits, before, strict=True)] == [0, 64]
+    assert again.completions[0][0].num_cached_tokens == 0
 
 
 @pytest.mark.parametrize("after", [1, 3, 5, 7])
