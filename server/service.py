@@ -50,15 +50,18 @@ class Service:
 
     def settle(self, model: str | None, fields: SteeringFields, headers: SteeringHeaders) -> Resolved:
         """The request's steering, its model name taken into account. Raises NotFoundError for an unknown model."""
+        return resolve(fields, headers, self.check_model(model), self.engine.profiles, self.config.policy)
+
+    def check_model(self, model: str | None) -> tuple[str, ...] | None:
+        """The profiles that a model's name stands for; None where it names none. Raises NotFoundError for an unknown model."""
         try:
-            alias = None if model is None else alias_profiles(model, self.model, self.engine.profiles)
+            return None if model is None else alias_profiles(model, self.model, self.engine.profiles)
         except KeyError as error:
             raise NotFoundError(
                 f"model: {model!r} is not served here; this server has {self.model!r}. GET /v1/models lists every name.",
                 param="model",
                 code="model_not_found",
             ) from error
-        return resolve(fields, headers, alias, self.engine.profiles, self.config.policy)
 
     def request(
         self,
@@ -71,6 +74,9 @@ class Service:
         logprobs: int | None,
         param: str,
         grammar: Grammar | None = None,
+        n: int | None = None,
+        prompt_logprobs: int | None = None,
+        priority: int | None = None,
     ) -> GenerationRequest:
         """The engine's request for one prompt.
 
@@ -78,13 +84,17 @@ class Service:
             limit: the most tokens a completion may have; it is an upper bound, so less room in the context lowers it.
             param: the field that holds the prompt, for messages.
             grammar: what each completion must spell.
+            n: completions to make, if not the fields' n.
+            prompt_logprobs: as `SamplingOptions.prompt_logprobs`.
+            priority: lower runs earlier (vLLM's meaning, and the engine's); None is 0.
         Raises:
             InvalidRequestError.
         """
         self.check_prompt(prompt, param)
         room = self.engine.info.max_model_len - len(prompt)
         max_tokens = room if limit is None else min(limit, room)
-        self._check_sampling(fields, max_tokens)
+        n = n or fields.n or 1
+        self._check_sampling(fields, max_tokens, n)
         stop_ids = frozenset(fields.stop_token_ids or ())
         sampling = SamplingOptions(
             max_tokens=max_tokens,
@@ -101,8 +111,9 @@ class Service:
             min_tokens=_or(fields.min_tokens, 0),
             logprobs=logprobs,
             grammar=grammar,
+            prompt_logprobs=prompt_logprobs,
         )
-        return GenerationRequest(request_id, prompt, sampling, steering, n=fields.n or 1)
+        return GenerationRequest(request_id, prompt, sampling, steering, n=n, priority=priority or 0)
 
     def check_prompt(self, prompt: tuple[int, ...], param: str) -> None:
         """Raise InvalidRequestError unless the prompt has tokens, knows only the model's, and leaves room for one more."""
@@ -132,26 +143,40 @@ class Service:
         limit: int | None,
         logprobs: int | None,
         param: str,
+        prompt_logprobs: int | None = None,
+        priority: int | None = None,
     ) -> Turn:
         """The assistant's turn in a conversation, not yet begun; arguments and errors as for `request`."""
         prompt = await self.prompter.chat(conversation)
         plan = await plan_answer(conversation, self.prompter.tools.format, self.grammars)
         request = self.request(
-            request_id, prompt, steering, fields, limit=limit, logprobs=logprobs, param=param, grammar=plan.grammar
+            request_id,
+            prompt,
+            steering,
+            fields,
+            limit=limit,
+            logprobs=logprobs,
+            param=param,
+            grammar=plan.grammar,
+            prompt_logprobs=prompt_logprobs,
+            priority=priority,
         )
         return Turn(self.generation(request, fields.stop, plan.markers), plan.new_parser, plan.new_call_id)
 
-    def generation(self, request: GenerationRequest, stops: Sequence[str], markers: Sequence[str] = ()) -> Generation:
-        """A run of `request`, not yet begun. `markers`: special tokens that are shown nevertheless."""
+    def generation(
+        self, request: GenerationRequest, stops: Sequence[str], markers: Sequence[str] = (), **options: bool
+    ) -> Generation:
+        """A run of `request`, not yet begun. `markers`: special tokens that are shown nevertheless; `options` as `Generation` has them."""
         vocabulary = self.prompter.vocabulary
         shown = vocabulary.showing(markers) if markers else vocabulary
-        return Generation(self.engine, request, shown, stops, self.metrics)
+        return Generation(self.engine, request, shown, stops, self.metrics, **options)
 
-    def _check_sampling(self, fields: SamplingFields, max_tokens: int) -> None:
+    def _check_sampling(self, fields: SamplingFields, max_tokens: int, n: int) -> None:
         info = self.engine.info
-        if (fields.n or 1) > info.max_num_seqs:
+        if n > info.max_num_seqs:
+            param = "n" if n == fields.n else "best_of"
             raise InvalidRequestError(
-                f"n: this server runs at most {info.max_num_seqs} completions at once.", param="n"
+                f"{param}: this server runs at most {info.max_num_seqs} completions at once.", param=param
             )
         if _or(fields.min_tokens, 0) > max_tokens:
             raise InvalidRequestError(

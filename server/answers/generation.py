@@ -24,26 +24,51 @@ class TokenNote:
 
 @dataclass(frozen=True)
 class TextDelta:
-    """What one token adds to completion `index`: text that may be shown, notes that go with it, and the end if it is one."""
+    """What one token adds to completion `index`: text that may be shown, notes that go with it, and the end if it is one.
+
+    `token_id`: None where the engine's token is not shown at all.
+    """
 
     index: int
     text: str
     notes: tuple[TokenNote, ...] = ()
     finish_reason: FinishReason | None = None
+    token_id: int | None = None
 
 
 class Generation:
     """Runs one request. `start`, then `deltas` once; `aclose` at the end, whatever happened. Not to be shared by tasks.
 
     A completion that meets a stop string is finished for the client; once all n are, the engine's run is closed.
+
+    Args:
+        silent: each completion is its prompt alone. An engine makes a token at least; it is neither shown nor counted.
+        note_ends: the token that ends a completion, which has no text, gets a note, too.
+
+    Attributes:
+        token_ids: of each completion so far, with the one that ended it.
+        prompt_logprobs, cached_tokens: as the engine's first event tells them.
     """
 
     def __init__(
-        self, engine: Engine, request: GenerationRequest, vocabulary: TokenBytes, stops: Sequence[str], metrics: Metrics
+        self,
+        engine: Engine,
+        request: GenerationRequest,
+        vocabulary: TokenBytes,
+        stops: Sequence[str],
+        metrics: Metrics,
+        *,
+        silent: bool = False,
+        note_ends: bool = False,
     ) -> None:
         self.request = request
         self.decision: SteeringDecision | None = None
         self.completion_tokens = 0
+        self.token_ids: list[list[int]] = [[] for _ in range(request.n)]
+        self.prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+        self.cached_tokens = 0
+        self._logprob_sums = [0.0] * request.n
+        self._silent, self._note_ends = silent, note_ends
         self._metrics = metrics
         self._hidden_ids = request.sampling.stop_token_ids
         self._texts: list[TextStream] = [
@@ -66,6 +91,10 @@ class Generation:
         """Seconds from the request's arrival at the engine to its first token; None before it."""
         return None if self._first_token_s is None else self._first_token_s - self._begun_s
 
+    def mean_logprob(self, index: int) -> float:
+        """Of a completion's tokens; they must have been asked for with `logprobs`."""
+        return self._logprob_sums[index] / max(1, len(self.token_ids[index]))
+
     async def start(self) -> SteeringDecision:
         """Wait until the prompt is prefilled and steering has decided. Raises the engine's errors."""
         try:
@@ -75,6 +104,7 @@ class Generation:
             raise
         assert self._first.decision is not None, "an engine's first event carries the decision"
         self.decision = self._first.decision
+        self.prompt_logprobs, self.cached_tokens = self._first.prompt_logprobs, self._first.num_cached_tokens
         self._first_token_s = time.perf_counter()
         self._metrics.first_token(self.decision, self._first_token_s - self._begun_s, self.prompt_tokens)
         return self.decision
@@ -112,23 +142,33 @@ class Generation:
 
     def _delta(self, event: TokenEvent) -> TextDelta:
         assert self.decision is not None
+        if self._silent:
+            return self._ended(TextDelta(event.index, "", finish_reason="length"))
         now = time.perf_counter()
         last = self._last_token_s.get(event.index)
         self._last_token_s[event.index] = now
         self._metrics.token(self.decision, None if last is None else now - last)
         self.completion_tokens += 1
+        self.token_ids[event.index].append(event.token_id)
+        self._logprob_sums[event.index] += 0.0 if event.logprobs is None else event.logprobs.logprob
+        hidden = event.token_id in self._hidden_ids
+        noted = event.logprobs is not None and (self._note_ends or not hidden)
         piece = self._texts[event.index].push(
             event.token_id,
-            None if event.logprobs is None else (event.token_id, event.logprobs),
-            hidden=event.token_id in self._hidden_ids,
+            (event.token_id, event.logprobs) if noted else None,
+            hidden=hidden,
             last=event.finish_reason is not None,
         )
-        reason = "stop" if piece.stopped else event.finish_reason
-        if reason is not None:
-            self._finished.add(event.index)
-            self._metrics.completion_ended(reason)
         notes = tuple(TokenNote(token_id, logprobs, offset) for offset, (token_id, logprobs) in piece.notes)
-        return TextDelta(event.index, piece.text, notes, reason)
+        reason = "stop" if piece.stopped else event.finish_reason
+        return self._ended(TextDelta(event.index, piece.text, notes, reason, event.token_id))
+
+    def _ended(self, delta: TextDelta) -> TextDelta:
+        """Take note of a completion's end, if this is one."""
+        if delta.finish_reason is not None:
+            self._finished.add(delta.index)
+            self._metrics.completion_ended(delta.finish_reason)
+        return delta
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.answers.generation import Generation
-from server.wire.completions import Usage
+from server.wire.completions import CompletionTokensDetails, PromptTokensDetails, Usage
 from server.wire.steering import MetadataLevel, SteeringReport, steering_report
 
 
@@ -45,4 +45,10 @@ def usage(generations: Sequence[Generation]) -> Usage:
     """Token counts of all prompts together."""
     prompt = sum(generation.prompt_tokens for generation in generations)
     completion = sum(generation.completion_tokens for generation in generations)
-    return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        total_tokens=prompt + completion,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(item.cached_tokens for item in generations)),
+        completion_tokens_details=CompletionTokensDetails(reasoning_tokens=0),
+    )

@@ -31,18 +31,20 @@ async def create_chat_completion(request: Request, service: ServiceDep) -> Respo
         limit=body.completion_limit,
         logprobs=body.num_logprobs,
         param="messages",
+        prompt_logprobs=body.prompt_logprobs,
+        priority=body.priority,
     )
     generation = turn.generation
     watch(request, body.model, [generation])
-    vocabulary = service.prompter.vocabulary
+    vocabulary, token_ids = service.prompter.vocabulary, bool(body.return_token_ids)
     if not body.stream:
         answers = await while_connected(request, collect(turn))
-        completion = chat_completion(answer, generation, answers, vocabulary)
+        completion = chat_completion(answer, generation, answers, vocabulary, token_ids=token_ids)
         return whole(completion, [generation], tell=resolved.metadata != "none")
     try:
         await while_connected(request, generation.start())  # errors up to here get their own HTTP status
     except BaseException:
         await generation.aclose()
         raise
-    chunks = chat_chunks(answer, turn, vocabulary, body.include_usage)
+    chunks = chat_chunks(answer, turn, vocabulary, body.include_usage, token_ids=token_ids)
     return AnswerStream(chunks, generation.aclose, service.config.shutdown_grace_s)

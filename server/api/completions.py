@@ -7,12 +7,14 @@ import time
 
 from fastapi import APIRouter, Request, Response
 
+from server.answers.echo import echo_of
 from server.answers.generation import Generation, collect
 from server.answers.merge import together
-from server.answers.text import text_chunks, text_completion
+from server.answers.text import TextForm, text_chunks, text_completion
 from server.api.context import watch
 from server.api.dependencies import ServiceDep, body_schema, identity, read_body, settle
 from server.api.respond import AnswerStream, while_connected, whole
+from server.service import Service
 from server.wire.completions import CompletionRequest
 
 router = APIRouter()
@@ -25,35 +27,53 @@ async def create_completion(request: Request, service: ServiceDep) -> Response:
     body = await read_body(request, CompletionRequest)
     resolved = settle(request, service, body.model, body)
     answer = identity(service, body, resolved, "cmpl-", created)
-    requests = []
-    for i, prompt in enumerate(body.prompt):
-        several = len(body.prompt) > 1
-        tokens = await service.prompter.text(prompt) if isinstance(prompt, str) else prompt
-        requests.append(
-            service.request(
-                f"{answer.id}-{i}" if several else answer.id,
-                tokens,
-                resolved.options,
-                body,
-                limit=body.max_tokens,
-                logprobs=body.logprobs,
-                param=f"prompt[{i}]" if several else "prompt",
-            )
+    prompts = await _token_ids(service, body)
+    several = len(prompts) > 1
+    requests = [
+        service.request(
+            f"{answer.id}-{i}" if several else answer.id,
+            tokens,
+            resolved.options,
+            body,
+            limit=None if body.max_tokens is None else max(1, body.max_tokens),
+            logprobs=body.num_logprobs,
+            param=f"prompt[{i}]" if several else "prompt",
+            n=body.num_completions,
+            prompt_logprobs=body.num_prompt_logprobs,
+            priority=body.priority,
         )
-    generations = [service.generation(item, body.stop) for item in requests]
+        for i, tokens in enumerate(prompts)
+    ]
+    silent = body.max_tokens == 0
+    generations = [service.generation(item, body.stop, silent=silent, note_ends=True) for item in requests]
     watch(request, body.model, generations)
     vocabulary = service.prompter.vocabulary
+    form = TextForm(
+        n=body.n or 1,
+        logprobs=body.logprobs,
+        echoes=[echo_of(*pair, vocabulary) for pair in zip(body.prompt, prompts, strict=True)] if body.echo else None,
+        prompt_logprobs=body.prompt_logprobs,
+        token_ids=bool(body.return_token_ids),
+    )
     if not body.stream:
         completions = await while_connected(request, together([collect(item) for item in generations]))
-        completion = text_completion(answer, generations, completions, vocabulary)
+        completion = text_completion(answer, generations, completions, vocabulary, form)
         return whole(completion, generations, tell=resolved.metadata != "none")
     try:
         await while_connected(request, together([generation.start() for generation in generations]))
     except BaseException:
         await _close(generations)
         raise
-    chunks = text_chunks(answer, generations, vocabulary, body.include_usage)
+    chunks = text_chunks(answer, generations, vocabulary, form, body.include_usage)
     return AnswerStream(chunks, lambda: _close(generations), service.config.shutdown_grace_s)
+
+
+async def _token_ids(service: Service, body: CompletionRequest) -> list[tuple[int, ...]]:
+    """Each prompt's."""
+    special = body.add_special_tokens is not False
+    return [
+        await service.prompter.text(prompt, special) if isinstance(prompt, str) else prompt for prompt in body.prompt
+    ]
 
 
 async def _close(generations: list[Generation]) -> None:

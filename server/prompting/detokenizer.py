@@ -64,14 +64,14 @@ class TextStream(Generic[Note]):
         self._notes: deque[tuple[int, int, Note]] = deque()  # begins at, ends at, note
 
     def push(self, token_id: int, note: Note | None = None, *, hidden: bool = False, last: bool = False) -> Piece[Note]:
-        """Add a token. `hidden` shows neither its text nor its note (an end-of-sequence token); `last` ends the text."""
+        """Add a token. `hidden` does not show its text (an end-of-sequence token); `last` ends the text."""
         self._num_tokens += 1
         start = self._made
         decoded = "" if hidden else self._detokenizer.push(token_id)
         if last:
             decoded += self._detokenizer.flush()
         self._made += len(decoded)
-        if note is not None and not hidden:
+        if note is not None:
             self._notes.append((start, self._made, note))
         if self._num_tokens < self._min_tokens:
             return self._piece(decoded, last=last)

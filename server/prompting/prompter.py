@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from server.prompting.vocabulary import Vocabulary
 from server.tools.template import TemplateTools
 from steering.errors import ModelError
 
+# The template's own refusals, and what one raises that is given what it does not expect. It runs sandboxed, so nothing else does.
+TEMPLATE_FAILURES = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
 
@@ -58,9 +61,17 @@ class Prompter:
             )
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._render, conversation)
 
-    async def text(self, prompt: str) -> tuple[int, ...]:
-        """Token ids of a plain prompt, with the special tokens that the tokenizer puts around text."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._encode, prompt, True)
+    async def text(self, prompt: str, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """Token ids of a plain prompt, with the special tokens that the tokenizer puts around text unless told otherwise."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._encode, prompt, add_special_tokens)
+
+    async def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens in it, as the tokenizer writes it: for one whose `text` they are, that text."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._decode, list(token_ids))
+
+    def token_strings(self, token_ids: Sequence[int]) -> list[str]:
+        """How the vocabulary writes each token."""
+        return self._tokenizer.convert_ids_to_tokens(list(token_ids))
 
     def close(self) -> None:
         """End the thread."""
@@ -78,7 +89,7 @@ class Prompter:
                 **told,
                 **conversation.template_options,
             )
-        except TemplateError as error:
+        except TEMPLATE_FAILURES as error:
             raise InvalidRequestError(
                 f"messages: the model's chat template refuses them: {error}.",
                 param="messages",
@@ -88,6 +99,9 @@ class Prompter:
 
     def _encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
         return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def _text_of(template: str | dict[str, str] | None) -> str:

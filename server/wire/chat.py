@@ -11,10 +11,11 @@ from pydantic_core import PydanticCustomError
 from server.conversation import Conversation, TextFormat
 from server.wire.base import RequestModel, ResponseModel, Unsupported, inconsistent
 from server.wire.completions import Usage
+from server.wire.extras import NOT_BUILT, CommonExtras, PromptLogprobs
 from server.wire.parsing import shown
 from server.wire.response_format import ResponseFormat
-from server.wire.sampling import SamplingFields
 from server.wire.steering import SteeringFields, SteeringReport
+from server.wire.template import TemplateFields
 from server.wire.tools import MAX_TOOLS, CallDelta, PastToolCall, ToolCall, ToolFields
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
@@ -91,7 +92,7 @@ Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSA
 _OLD_TOOLS = "It is OpenAI's old form; send tools and tool_choice."
 
 
-class ChatCompletionRequest(SamplingFields, ToolFields):
+class ChatCompletionRequest(TemplateFields, CommonExtras, ToolFields):
     """The body of `POST /v1/chat/completions`."""
 
     messages: Messages
@@ -103,7 +104,7 @@ class ChatCompletionRequest(SamplingFields, ToolFields):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
-    unsupported: ClassVar[Mapping[str, Unsupported]] = {
+    unsupported: ClassVar[Mapping[str, Unsupported]] = NOT_BUILT | {
         "functions": Unsupported(_OLD_TOOLS, ([],)),
         "function_call": Unsupported(_OLD_TOOLS, ("none", "auto")),
         "modalities": Unsupported('Answers are text; send ["text"] or nothing.', (["text"],)),
@@ -130,7 +131,8 @@ class ChatCompletionRequest(SamplingFields, ToolFields):
     def conversation(self) -> Conversation:
         """What the model is to answer."""
         text_format = TextFormat() if self.response_format is None else self.response_format.text_format()
-        return Conversation(tuple(message.for_template() for message in self.messages), self.tool_use(), text_format)
+        messages = tuple(message.for_template() for message in self.messages)
+        return Conversation(messages, self.tool_use(), text_format, **self.template_fields())
 
     @property
     def completion_limit(self) -> int | None:
@@ -191,6 +193,7 @@ class ChatChoice(ResponseModel):
     message: AnswerMessage
     logprobs: ChoiceLogprobs | None
     finish_reason: str
+    token_ids: list[int]
 
 
 class ChatCompletion(ResponseModel):
@@ -204,6 +207,8 @@ class ChatCompletion(ResponseModel):
     choices: list[ChatChoice]
     usage: Usage
     steering: SteeringReport
+    prompt_logprobs: PromptLogprobs
+    prompt_token_ids: list[int]
 
 
 class Delta(ResponseModel):
@@ -218,6 +223,7 @@ class ChunkChoice(ResponseModel):
     delta: Delta
     logprobs: ChoiceLogprobs | None
     finish_reason: str | None
+    token_ids: list[int]
 
 
 class ChatCompletionChunk(ResponseModel):
@@ -231,3 +237,4 @@ class ChatCompletionChunk(ResponseModel):
     choices: list[ChunkChoice]
     usage: Usage | None
     steering: SteeringReport
+    prompt_token_ids: list[int]

@@ -9,8 +9,8 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.wire.base import ResponseModel, Unsupported, inconsistent
+from server.wire.extras import NOT_BUILT, CommonExtras, PromptLogprobs
 from server.wire.parsing import shown
-from server.wire.sampling import SamplingFields
 from server.wire.steering import SteeringReport
 
 MAX_PROMPTS = 256
@@ -47,24 +47,65 @@ Prompts = Annotated[
 ]
 
 
-class CompletionRequest(SamplingFields):
+class CompletionRequest(CommonExtras):
     """The body of `POST /v1/completions`. `prompt` is a tuple of `Prompt` once parsed."""
 
     prompt: Prompts
-    max_tokens: Annotated[int, Field(ge=1)] | None = 16
+    max_tokens: Annotated[int, Field(ge=0)] | None = Field(16, description="0 with `echo` only.")
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    best_of: Annotated[int, Field(ge=1)] | None = None
+    echo: bool | None = Field(None, description="Give the prompt before each completion, in `logprobs` too.")
+    best_of: Annotated[int, Field(ge=1, le=128)] | None = Field(
+        None,
+        description="Make so many completions and give the n whose tokens are likeliest on average; not in streams.",
+    )
+    add_special_tokens: bool | None = Field(
+        None, description="Whether a prompt that is text gets the tokenizer's special tokens; it does unless false."
+    )
 
-    unsupported: ClassVar[Mapping[str, Unsupported]] = {
-        "echo": Unsupported("Put the prompt before the answer yourself.", (False,)),
+    unsupported: ClassVar[Mapping[str, Unsupported]] = NOT_BUILT | {
         "suffix": Unsupported("Remove the field.", ("",)),
     }
 
     @model_validator(mode="after")
     def _consistent(self) -> CompletionRequest:
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise inconsistent("best_of", "must equal n; ask for n completions and choose among them yourself")
+        n = self.n or 1
+        if self.best_of is not None and self.best_of < n:
+            raise inconsistent("best_of", f"must be at least n, which is {n}")
+        if self.best_of is not None and self.best_of > n and self.stream:
+            raise inconsistent("best_of", f"must equal n, which is {n}, in streams: the best is known at the end only")
+        if self.max_tokens == 0 and not self.echo:
+            raise inconsistent("max_tokens", "must be at least 1, not 0; with echo it may be 0")
+        if self.max_tokens == 0 and self.min_tokens:
+            raise inconsistent("min_tokens", "must be at most max_tokens, which is 0")
         return self
+
+    @property
+    def num_completions(self) -> int:
+        """How many the engine makes of a prompt."""
+        return self.best_of or self.n or 1
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """`SamplingOptions.logprobs`: what is shown, and the chosen tokens' where the best are chosen by them."""
+        return 0 if self.logprobs is None and self.num_completions > (self.n or 1) else self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """`SamplingOptions.prompt_logprobs`: for the field of that name, and for the echo."""
+        echoed = self.logprobs if self.echo else None
+        return max((k for k in (self.prompt_logprobs, echoed) if k is not None), default=None)
+
+
+class PromptTokensDetails(ResponseModel):
+    """`cached_tokens`: of the prompt, found in the prefix cache, so that no layer had to compute them."""
+
+    cached_tokens: int
+
+
+class CompletionTokensDetails(ResponseModel):
+    """Reasoning is text like any other here, so `reasoning_tokens` is 0."""
+
+    reasoning_tokens: int
 
 
 class Usage(ResponseModel):
@@ -73,14 +114,21 @@ class Usage(ResponseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
 
 
 class TextLogprobs(ResponseModel):
-    """The old parallel-list form. `text_offset` counts characters of the completion."""
+    """The old parallel-list form, one item for each token, the one that ends the completion included.
+
+    `tokens` are texts, or `bytes:\\xe2\\x80` where a token's bytes are no text by themselves. `top_logprobs` hold the
+    likeliest tokens and the token itself. A prompt's first token, if it is echoed, has null in both lists of log-probabilities.
+    `text_offset` counts characters from where the choice's text begins.
+    """
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -89,6 +137,9 @@ class TextChoice(ResponseModel):
     text: str
     logprobs: TextLogprobs | None
     finish_reason: str | None
+    prompt_logprobs: PromptLogprobs
+    prompt_token_ids: list[int]
+    token_ids: list[int]
 
 
 class TextCompletion(ResponseModel):

@@ -73,7 +73,29 @@ async def test_logprobs_in_the_old_form(served, oracle):
     assert logprobs["token_logprobs"] == pytest.approx(expected, abs=1e-4)
     assert logprobs["text_offset"][0] == 0
     assert logprobs["text_offset"] == sorted(logprobs["text_offset"])
-    assert all(1 <= len(top) <= 2 for top in logprobs["top_logprobs"])
+    assert all(len(top) == 2 for top in logprobs["top_logprobs"])
     bare = (await complete(served, conversation(CALM[0]), logprobs=0)).json()["choices"][0]["logprobs"]
     assert bare["token_logprobs"] == logprobs["token_logprobs"]
-    assert bare["top_logprobs"] is None
+    chosen = [dict([pair]) for pair in zip(logprobs["tokens"], logprobs["token_logprobs"], strict=True)]
+    assert bare["top_logprobs"] == chosen, "the token itself is always there"
+
+
+async def test_a_token_that_is_not_among_the_likeliest_is_given_with_them(served):
+    found = (await complete(served, "hello", logprobs=1, temperature=2, seed=3)).json()["choices"][0]["logprobs"]
+    sizes = set()
+    for name, logprob, top in zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True):
+        assert top[name] == logprob <= max(top.values())
+        sizes.add(len(top))
+    assert sizes == {1, 2}
+
+
+async def test_the_token_that_ends_a_completion_has_its_place_in_the_lists(served, oracle):
+    ids = oracle.plain_ids(CALM[0], 12)
+    stop = ids[ids.index(ids[5])]
+    body = {"stop_token_ids": [stop], "logprobs": 0, "return_token_ids": True}
+    answer = (await complete(served, conversation(CALM[0]), **body)).json()
+    [choice] = answer["choices"]
+    assert choice["finish_reason"] == "stop"
+    assert choice["token_ids"] == ids[: ids.index(stop) + 1]
+    assert len(choice["logprobs"]["tokens"]) == len(choice["token_ids"]) == answer["usage"]["completion_tokens"]
+    assert choice["text"] == oracle.decode(ids[: ids.index(stop)])

@@ -171,12 +171,12 @@ def test_stop_strings_count_from_min_tokens_on():
     assert run("xx--xx", ["x"], min_tokens=4)[0] == "xx--"
 
 
-def test_hidden_tokens_show_nothing_and_end_the_text():
+def test_hidden_tokens_show_no_text_and_end_the_text():
     stream = TextStream(VOCABULARY)
     first = stream.push(BYTES[0xF0], "a")
     last = stream.push(TOKENIZER.eos_token_id, "b", hidden=True, last=True)
     assert (first.text, last.text) == ("", "\ufffd")
-    assert [n for p in (first, last) for _, n in p.notes] == ["a"]
+    assert [n for p in (first, last) for _, n in p.notes] == ["a", "b"]
 
 
 # -- loading -------------------------------------------------------------------------------------------------------------

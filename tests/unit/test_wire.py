@@ -12,6 +12,7 @@ from server.wire.chat import ChatCompletionRequest
 from server.wire.completions import CompletionRequest
 from server.wire.parsing import field_path, merge_extra_body, parse_body
 from server.wire.steering import SteeringFields, steering_report
+from server.wire.template import RESERVED
 from steering.decision import ProfileActivation, SteeringOptions, combine, decide_profile
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
@@ -80,6 +81,33 @@ def test_prompts_of_no_shape(prompt):
     with pytest.raises(InvalidRequestError) as caught:
         parse(CompletionRequest, model="m", prompt=prompt)
     assert caught.value.param == "prompt"
+
+
+def test_no_template_option_can_take_the_place_of_what_the_server_sets():
+    import inspect
+
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+    taken = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"kwargs"}
+    taken |= set(ImmutableSandboxedEnvironment().globals) | {"raise_exception", "strftime_now"}
+    taken |= set(PreTrainedTokenizerFast.SPECIAL_TOKENS_ATTRIBUTES)
+    assert taken - RESERVED == set()
+    for name in RESERVED:
+        with pytest.raises(InvalidRequestError, match=f"must not hold '{name}'"):
+            parse(ChatCompletionRequest, **CHAT, chat_template_kwargs={name: 1})
+    free = {"enable_thinking": False, "reasoning": {"effort": 1}}
+    asked = parse(ChatCompletionRequest, **CHAT, chat_template_kwargs=free)
+    assert asked.conversation().template_options == free
+
+
+def test_an_echo_costs_log_probabilities_only_where_they_are_shown():
+    def wanted(**fields):
+        return parse(CompletionRequest, model="m", prompt="x", **fields).num_prompt_logprobs
+
+    assert wanted() is wanted(echo=True) is wanted(logprobs=3) is None
+    assert (wanted(echo=True, logprobs=0), wanted(echo=True, logprobs=3)) == (0, 3)
+    assert (wanted(prompt_logprobs=2), wanted(prompt_logprobs=2, echo=True, logprobs=1)) == (2, 2)
 
 
 def test_numbers_keep_their_kind():
