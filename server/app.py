@@ -10,7 +10,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from server.api import chat, completions, models, ops, steering
+from server.api import chat, completions, models, ops, steering, tokenize
 from server.api.context import REQUEST_ID_HEADER, RequestContext, error_response
 from server.api.engine_errors import api_error
 from server.config import ServerConfig
@@ -50,7 +50,7 @@ def create_app(config: ServerConfig, engine: Engine, prompter: Prompter, metrics
         redirect_slashes=False,
     )
     app.state.service = Service(config, engine, prompter, metrics, grammars)
-    for module in (chat, completions, models, steering, ops):
+    for module in (chat, completions, models, tokenize, steering, ops):
         app.include_router(module.router)
     app.add_middleware(RequestContext, api_key=config.api_key)
     app.add_exception_handler(ApiError, _on_api_error)

@@ -158,9 +158,52 @@ CASES = {
     "prompts mixed": (text(prompt=["a", 3]), 400, "prompt", "item 1 must be a string or a list of token ids, not 3"),
     "second prompt too long": (text(prompt=["a", "b " * 400]), 400, "prompt[1]", "Shorten the prompt"),
     "prompt ids beyond vocabulary": (text(prompt=[99999]), 400, "prompt", "token id 99999 is outside"),
-    "echo": (text(echo=True), 400, "echo", "not supported"),
+    "echo a string": (text(echo="yes"), 400, "echo", "must be true or false"),
+    "no max_tokens and no echo": (text(max_tokens=0), 400, "max_tokens", "must be at least 1, not 0; with echo it may be 0"),
+    "min over no max_tokens": (text(max_tokens=0, echo=True, min_tokens=1), 400, "min_tokens", "at most max_tokens, which is 0"),
+    "21 logprobs": (text(logprobs=21), 400, "logprobs", "must be at most 20"),
+    "logprobs true": (text(logprobs=True), 400, "logprobs", "must be an integer"),
     "suffix": (text(suffix="x"), 400, "suffix", "not supported"),
-    "best_of": (text(best_of=3), 400, "best_of", "must equal n"),
+    "best_of under n": (text(best_of=2, n=3), 400, "best_of", "must be at least n, which is 3"),
+    "best_of streamed": (text(best_of=3, stream=True), 400, "best_of", "must equal n, which is 1, in streams"),
+    "best_of over capacity": (text(best_of=64), 400, "best_of", "at most 32 completions at once"),
+    "add_special_tokens": (text(add_special_tokens=1), 400, "add_special_tokens", "must be true or false"),
+    "prompt_logprobs under": (text(prompt_logprobs=-1), 400, "prompt_logprobs", "must be at least 0"),
+    "prompt_logprobs over": (chat(prompt_logprobs=21), 400, "prompt_logprobs", "must be at most 20"),
+    "prompt_logprobs streamed": (chat(prompt_logprobs=1, stream=True), 400, "prompt_logprobs", "is not given in streams"),
+    "return_token_ids": (chat(return_token_ids="yes"), 400, "return_token_ids", "must be true or false"),
+    "priority": (chat(priority=1.5), 400, "priority", "must be an integer"),
+    "priority huge": (chat(priority=2**40), 400, "priority", "must be at most"),
+    "stop strings in the output": (text(include_stop_str_in_output=True), 400, "include_stop_str_in_output", "not supported"),
+    "begins and continues": (
+        chat(add_generation_prompt=True, continue_final_message=True),
+        *(400, "continue_final_message", "cannot go with add_generation_prompt true"),
+    ),
+    "continues the user": (chat(continue_final_message=True), 400, "continue_final_message", "the last message to be the assistant's"),
+    "template options a list": (chat(chat_template_kwargs=[1]), 400, "chat_template_kwargs", "must be an object"),
+    "template options take the messages' place": (
+        chat(chat_template_kwargs={"messages": []}),
+        *(400, "chat_template_kwargs", "must not hold 'messages', which the server sets itself"),
+    ),
+    "template options tokenize": (chat(chat_template_kwargs={"tokenize": True}), 400, "chat_template_kwargs", "must not hold 'tokenize'"),
+    "tokenize nothing": (("/tokenize", {}), 400, "prompt", "send either prompt or messages"),
+    "tokenize both": (("/tokenize", {"prompt": "x", "messages": OK["messages"]}), 400, "prompt", "send either"),
+    "tokenize a list": (("/tokenize", {"prompt": ["x"]}), 400, "prompt", "must be a string"),
+    "tokenize for another model": (("/tokenize", {"prompt": "x", "model": "gpt-9"}), 404, "model", "is not served here"),
+    "tokenize with a template": (("/tokenize", {"prompt": "x", "chat_template": "y"}), 400, "chat_template", "not supported"),
+    "tokenize a prompt and continue it": (
+        ("/tokenize", {"prompt": "x", "continue_final_message": True}),
+        *(400, "continue_final_message", "goes with messages only"),
+    ),
+    "tokenize messages with special tokens": (
+        ("/tokenize", {"messages": OK["messages"], "add_special_tokens": True}),
+        *(400, "add_special_tokens", "goes with prompt only"),
+    ),
+    "tokenize a prompt with tools": (("/tokenize", {"prompt": "x", "tools": [TOOL]}), 400, "tools", "goes with messages only"),
+    "detokenize nothing": (("/detokenize", {}), 400, "tokens", "is required"),
+    "detokenize text": (("/detokenize", {"tokens": "x"}), 400, "tokens", "must be a list"),
+    "detokenize a negative": (("/detokenize", {"tokens": [-1]}), 400, "tokens[0]", "must be at least 0"),
+    "detokenize beyond vocabulary": (("/detokenize", {"tokens": [99999]}), 400, "tokens", "outside the tokenizer's vocabulary"),
     "chat's field": (text(top_logprobs=3), 400, "top_logprobs", "unknown field"),
     "score of nothing": (("/v1/steering/score", {}), 400, "messages", "either messages or prompt"),
     "score with sampling": (("/v1/steering/score", {"prompt": "x", "temperature": 1}), 400, "temperature", "unknown field"),
@@ -194,7 +237,7 @@ async def test_refusals(served, case):
     ids=["empty", "broken", "list", "bytes", "surrogate", "deep", "long number"],
 )
 async def test_bodies_that_are_no_json_object(served, raw, said):
-    for path in ("/v1/chat/completions", "/v1/completions", "/v1/steering/score"):
+    for path in ("/v1/chat/completions", "/v1/completions", "/v1/steering/score", "/tokenize", "/detokenize"):
         response = await served.client.post(path, content=raw)
         assert response.status_code == 400
         assert said in response.json()["error"]["message"]
