@@ -124,10 +124,10 @@ def test_errors_are_the_clients_own(client):
     assert (caught.value.param, caught.value.code) == ("steer_strenght", "unknown_parameter")
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(messages=turn("x"), model="gpt-9")
-    with pytest.raises(openai.BadRequestError, match="Tool calling is not built"):
-        client.chat.completions.create(
-            messages=turn("x"), tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}], **GREEDY
-        )
+    with pytest.raises(openai.BadRequestError, match="send tools and tool_choice"):
+        client.chat.completions.create(messages=turn("x"), functions=[{"name": "f"}], **GREEDY)
+    with pytest.raises(openai.BadRequestError, match="suffix: not supported"):
+        client.completions.create(prompt="x", suffix="y", **GREEDY)
     with pytest.raises(openai.NotFoundError):
         client.responses.create(model="tiny", input="x")
 
