@@ -45,7 +45,7 @@ def schema_texts(schema: Mapping[str, Any] | bool, *, strict: bool) -> list[str]
     except ValueError as error:
         raise SchemaError("it holds a number that is not finite, or text that is not Unicode") from error
     if size > MAX_BYTES:
-        raise SchemaError(f"it has {size} bytes; the limit is {MAX_BYTES}")
+        raise SchemaError(f"it has more than {MAX_BYTES} bytes")
     options = {
         "whitespace_pattern": WHITESPACE,
         "item_separator": ",",
@@ -87,9 +87,12 @@ def _odd_part(number: float) -> int:
 
 
 def _objects(value: Any) -> Iterator[dict[str, Any]]:
-    """Every object in a JSON value. Raises SchemaError where it is nested too deeply."""
-    level = [value]
+    """Every object in a JSON value. Raises SchemaError where it is nested too deeply, or holds more than fits the bytes."""
+    level, count = [value], 0
     for _ in range(MAX_NESTING):
+        count += len(level)
+        if count > MAX_BYTES // 2:
+            raise SchemaError(f"it has more than {MAX_BYTES} bytes")
         yield from (item for item in level if isinstance(item, dict))
         inner = (item.values() if isinstance(item, dict) else item for item in level)
         level = [child for children in inner for child in children if isinstance(child, dict | list)]

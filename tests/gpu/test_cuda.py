@@ -9,6 +9,7 @@ from server.engine.native.build import EngineOptions, build_core
 from server.engine.native.load import make_decoder
 from steering.decision import ProfileActivation
 from tests.engine import answers, asked, reference_model, tiny_core
+from tests.parity.test_grammar import LETTERS, lark, schema
 from tests.tiny import tiny_model, tiny_profile
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
@@ -76,3 +77,16 @@ def test_a_decode_pass_waits_for_nothing():
             core.runner._graphed([1, 2], [0, 1], [1, 1], [[0, 0]])
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_grammar_masks_as_on_the_cpu(temperature):
+    options = {"temperature": temperature, "seed": 1, "max_tokens": 50, "n": 2}
+    asks = [
+        asked("schema", PROMPTS[0], grammar=schema(), **options),
+        asked("letters", PROMPTS[1], grammar=lark(LETTERS), **options),
+    ]
+    wanted = answers(tiny_core(max_model_len=512), asks)
+    found = answers(cuda_core(torch.float32), asks)
+    for name, answer in wanted.items():
+        assert [found[name].tokens(i) for i in range(2)] == [answer.tokens(i) for i in range(2)]

@@ -32,7 +32,8 @@ OVER = {
     "wide": (properties(bounds.MAX_PROPERTIES + 1), "501 properties; the limit is 500"),
     "wide in a definition": ({"$defs": {"a": properties(10_000)}}, "10000 properties; the limit is 500"),
     "many objects": ({"anyOf": [properties(450) for _ in range(5)]}, "2250 properties; the limit is 2000"),
-    "long": ({"enum": ["x" * 70_000]}, "bytes; the limit is 65536"),
+    "long": ({"enum": ["x" * 70_000]}, "more than 65536 bytes"),
+    "many small": ({"x": [{}] * 1_000_000}, "more than 65536 bytes"),
     "enum": ({"enum": list(range(1001))}, "enum has 1001 values"),
     "anyOf": ({"anyOf": [{"const": i} for i in range(257)]}, "anyOf has 257 alternatives"),
     "multipleOf": ({"type": "integer", "multipleOf": 999_983}, "multipleOf makes too many cases"),
@@ -52,7 +53,7 @@ def test_bounds(name, strict):
     begun = time.perf_counter()
     with pytest.raises(SchemaError, match=message):
         schema_texts(schema, strict=strict)
-    assert time.perf_counter() - begun < 0.2
+    assert time.perf_counter() - begun < 1
 
 
 @pytest.mark.parametrize(

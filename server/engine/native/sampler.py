@@ -50,7 +50,7 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> list[Sampled]:
     if masked:
         failures = constrain(logits, masked)
         rows = list(masked)
-        tokens[rows] = likeliest(logits[rows])[1]
+        tokens[rows] = likeliest(logits if len(rows) == len(sequences) else logits[rows])[1]
     drawn = [row for row, s in enumerate(sequences) if s.request.sampling.temperature > 0]
     if drawn:
         options = [sequences[row].request.sampling for row in drawn]

@@ -26,9 +26,9 @@ def constrain(logits: Tensor, grammars: Mapping[int, GrammarState]) -> dict[int,
         except GenerationError as error:
             failures[row] = error
     if words:
-        rows = list(words)
-        allowed = unpack(np.stack(list(words.values())), logits.shape[-1], logits.device)
-        logits[rows] = logits[rows].masked_fill(~allowed, -torch.inf)
+        banned = unpack(~np.stack(list(words.values())), logits.shape[-1], logits.device)
+        for row, bans in zip(words, banned, strict=True):
+            logits[row].masked_fill_(bans, -torch.inf)
     return failures
 
 
