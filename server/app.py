@@ -8,18 +8,26 @@ from importlib.metadata import version
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
 from server.api import chat, completions, models, ops, steering, tokenize
 from server.api.context import REQUEST_ID_HEADER, RequestContext, error_response
+from server.api.elsewhere import why_not
 from server.api.engine_errors import api_error
+from server.api.respond import APPLIED_HEADER, PROFILES_HEADER
 from server.config import ServerConfig
 from server.engine.base import Engine, EngineError
-from server.errors import ApiError, InternalError, InvalidRequestError, MethodNotAllowedError, NotFoundError
+from server.errors import ApiError, InternalError, InvalidRequestError, MethodNotAllowedError, UnknownPathError
 from server.grammar.compiler import GrammarCompiler
 from server.observability.metrics import Metrics
 from server.prompting.prompter import Prompter
 from server.service import Service
+
+GZIP_FROM_BYTES = 1024
+MODULES = (chat, completions, models, tokenize, steering, ops)
 
 
 def create_app(config: ServerConfig, engine: Engine, prompter: Prompter, metrics: Metrics) -> FastAPI:
@@ -50,15 +58,29 @@ def create_app(config: ServerConfig, engine: Engine, prompter: Prompter, metrics
         redirect_slashes=False,
     )
     app.state.service = Service(config, engine, prompter, metrics, grammars)
-    for module in (chat, completions, models, tokenize, steering, ops):
+    for module in MODULES:
         app.include_router(module.router)
-    app.add_middleware(RequestContext, api_key=config.api_key)
+    _add_middleware(app, config)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(EngineError, _on_engine_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(Exception, _on_defect)
     return app
+
+
+def _add_middleware(app: FastAPI, config: ServerConfig) -> None:
+    """From the inside out: compression of whole answers, id and key and log, CORS, whose preflights carry no key."""
+    app.add_middleware(GZipMiddleware, minimum_size=GZIP_FROM_BYTES, compresslevel=6)  # leaves event streams alone
+    app.add_middleware(RequestContext, api_key=config.api_key)
+    if config.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origins,
+            allow_methods=("GET", "HEAD", "POST", "DELETE"),
+            allow_headers=("*",),
+            expose_headers=(REQUEST_ID_HEADER, APPLIED_HEADER, PROFILES_HEADER),
+        )
 
 
 async def _on_api_error(request: Request, error: ApiError) -> Response:
@@ -71,19 +93,36 @@ async def _on_engine_error(request: Request, error: EngineError) -> Response:
 
 async def _on_http_exception(request: Request, error: HTTPException) -> Response:
     """The framework's own: unknown paths and methods."""
-    where = f"{request.method} {request.url.path}"
+    path = request.url.path
+    where = f"{request.method} {path}"
+    headers = dict(error.headers or {})
     match error.status_code:
         case 404:
-            answer: ApiError = NotFoundError(f"{where}: no such path. /docs lists what there is.")
+            reason = why_not(path)
+            said = "no such path" if reason is None else f"not an endpoint of this server: {reason}"
+            answer: ApiError = UnknownPathError(f"{where}: {said}. /docs lists what there is.")
         case 405:
-            allowed = (error.headers or {}).get("Allow", "another method")
-            answer = MethodNotAllowedError(f"{where}: not allowed here; use {allowed}.")
+            headers["Allow"] = _methods(request)
+            if request.method == "OPTIONS":
+                return Response(status_code=204, headers=headers)
+            answer = MethodNotAllowedError(f"{where}: not allowed here; use {headers['Allow']}.")
         case _:
             answer = InvalidRequestError(f"{where}: {error.detail}")
             answer.status = error.status_code
     response = error_response(answer)
-    response.headers.update(error.headers or {})
+    response.headers.update(headers)
     return response
+
+
+def _methods(request: Request) -> str:
+    """What may be done with a path, all its routes together (the framework names the first one's methods only)."""
+    routes = [*request.app.routes, *(route for module in MODULES for route in module.router.routes)]
+    methods = {"OPTIONS"}
+    for route in routes:
+        known = getattr(route, "methods", None)
+        if known and route.matches(request.scope)[0] is not Match.NONE:
+            methods |= known
+    return ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
 
 
 async def _on_disconnect(request: Request, error: ClientDisconnect) -> Response:

@@ -82,6 +82,10 @@ def serve(
     api_key: Annotated[
         str | None, typer.Option(help="Ask clients for this key. Better set FINESTEER_API_KEY: arguments can be seen.")
     ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="Let pages from there call the API, * for any; repeatable. Default: none."),
+    ] = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
     """Serve an OpenAI-compatible API."""
@@ -95,6 +99,7 @@ def serve(
             max_steer_strength=max_steer_strength,
             steering_metadata=steering_metadata,
             api_key=api_key,
+            cors_origins=cors_origin or (),
             host=host,
             port=port,
             max_num_seqs=max_num_seqs,

@@ -19,6 +19,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 API_KEY_VARIABLE = "FINESTEER_API_KEY"
 DEMO_MODEL_NAME = "demo"
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGkmg])?(?:i?[Bb])?")
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9._-]+(:\d+)?|[a-z][a-z0-9+.-]*://\[[0-9a-f:]+\](:\d+)?")
 PROFILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -49,6 +50,7 @@ class ServerConfig:
     tool_format: str | None = None
     policy: SteeringPolicy = field(default_factory=SteeringPolicy)
     api_key: str | None = field(default=None, repr=False)
+    cors_origins: tuple[str, ...] = ()
     log_level: LogLevel = "info"
     shutdown_grace_s: float = 10.0
 
@@ -63,6 +65,12 @@ class ServerConfig:
                 raise ConfigError(f"--{option.replace('_', '-')} {value} must be at least 1.")
         if self.tool_format is not None and self.tool_format not in FORMATS:
             raise ConfigError(f"--tool-format {self.tool_format!r} is not known; there are {', '.join(FORMATS)}.")
+        for origin in self.cors_origins:
+            if origin != "*" and not ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    f"--cors-origin {origin}: must be * or an origin such as https://app.example.com or "
+                    "http://localhost:3000, with no path and no slash at its end."
+                )
         if not 0 <= self.policy.max_strength < float("inf"):
             raise ConfigError(f"--max-steer-strength {self.policy.max_strength:g} must be a finite number, at least 0.")
         for option, named in (("--profile-policy", self.policy.overrides), ("--profile-mode", self.policy.modes)):
@@ -84,6 +92,7 @@ class ServerConfig:
         max_steer_strength: float,
         steering_metadata: str,
         api_key: str | None,
+        cors_origins: Iterable[str] = (),
         kv_cache_memory: str | None = None,
         prefix_cache_memory: str | None = None,
         environ: Mapping[str, str] | None = None,
@@ -120,6 +129,7 @@ class ServerConfig:
             kv_cache_memory=_size("--kv-cache-memory", kv_cache_memory),
             prefix_cache_memory=_size("--prefix-cache-memory", prefix_cache_memory),
             api_key=api_key or environ.get(API_KEY_VARIABLE) or None,
+            cors_origins=tuple(cors_origins),
             **options,
         )
 

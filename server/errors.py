@@ -57,11 +57,17 @@ class NotFoundError(InvalidRequestError):
     code = "not_found"
 
 
+class UnknownPathError(NotFoundError):
+    """Nothing of that name here, whatever the method."""
+
+    code = "unknown_url"
+
+
 class MethodNotAllowedError(InvalidRequestError):
     """The path exists, the method does not."""
 
     status = 405
-    code = "method_not_allowed"
+    code = "method_not_supported"
 
 
 class RequestTooLargeError(InvalidRequestError):
@@ -69,6 +75,13 @@ class RequestTooLargeError(InvalidRequestError):
 
     status = 413
     code = "request_too_large"
+
+
+class UnsupportedMediaTypeError(InvalidRequestError):
+    """The body is something else than JSON, by its own headers."""
+
+    status = 415
+    code = "unsupported_content_type"
 
 
 class OverloadedError(ApiError):

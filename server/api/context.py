@@ -33,7 +33,9 @@ class RequestContext:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
+        method, headers = scope["method"], Headers(scope=scope)
+        if method == "HEAD":  # a GET whose body is kept back: no route need know of it
+            scope = scope | {"method": "GET"}
         sent = headers.get(REQUEST_ID_HEADER, "")
         request_id = sent if SANE_ID.fullmatch(sent) else new_id("req-")
         state = scope.setdefault("state", {})
@@ -45,6 +47,8 @@ class RequestContext:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+            elif method == "HEAD" and message["type"] == "http.response.body":
+                message = message | {"body": b""}
             await send(message)
 
         try:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
 
 from server.answers.identity import AnswerIdentity
-from server.errors import RequestTooLargeError
+from server.errors import RequestTooLargeError, UnsupportedMediaTypeError
 from server.service import Service, new_id
 from server.steering_options import PROFILES_HEADER, STRENGTH_HEADER, Resolved, SteeringHeaders
 from server.wire.base import RequestModel
-from server.wire.parsing import parse_body
+from server.wire.parsing import parse_body, shown
 from server.wire.sampling import SamplingFields
 from server.wire.steering import SteeringFields
 
 MAX_BODY_BYTES = 4 * 2**20
+JSON_SUFFIX = re.compile(r"application/[^\s/]+\+json")
 Body = TypeVar("Body", bound=RequestModel)
 
 
@@ -27,13 +29,30 @@ ServiceDep = Annotated[Service, Depends(_service)]
 
 
 async def read_body(request: Request, model: type[Body]) -> Body:
-    """The parsed body. Raises RequestTooLargeError, InvalidRequestError."""
+    """The parsed body. Raises UnsupportedMediaTypeError, RequestTooLargeError, InvalidRequestError."""
+    _check_media_type(request)
     raw = bytearray()
     async for piece in request.stream():
         raw += piece
         if len(raw) > MAX_BODY_BYTES:
             raise RequestTooLargeError(f"The body is larger than {MAX_BODY_BYTES >> 20} MiB. Shorten the prompt.")
     return parse_body(model, bytes(raw))
+
+
+def _check_media_type(request: Request) -> None:
+    """Refuse a body that says it is no JSON. One that says nothing is taken for JSON.
+
+    Not for tidiness only: a web page may send a form or plain text anywhere without asking, and may not send JSON.
+    """
+    sent = request.headers.get("Content-Type", "")
+    media_type = sent.partition(";")[0].strip().lower()
+    if media_type and media_type != "application/json" and not JSON_SUFFIX.fullmatch(media_type):
+        raise UnsupportedMediaTypeError(
+            f"The body has Content-Type {shown(sent)}, and this server reads application/json. "
+            "With curl, add -H 'Content-Type: application/json'."
+        )
+    if (coding := request.headers.get("Content-Encoding", "identity").lower()) != "identity":
+        raise UnsupportedMediaTypeError(f"The body has Content-Encoding {shown(coding)}. Send it as it is.")
 
 
 def settle(request: Request, service: Service, model: str | None, fields: SteeringFields) -> Resolved:
