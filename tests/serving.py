@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -93,6 +94,60 @@ async def serving(artifacts: Artifacts, names: tuple[str, ...] = ("safety",), **
         httpx.AsyncClient(transport=transport, base_url="http://test") as client,
     ):
         yield Served(client, app, engine, prompter)
+
+
+class Connection:
+    """One raw ASGI exchange that can be cut. `sent`: each body message as it went out."""
+
+    def __init__(self, app: Any, path: str, body: dict, headers: dict[str, str] | None = None) -> None:
+        self._app, self._path, self._body = app, path, json.dumps(body).encode()
+        self._request_headers = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
+        self._gone = asyncio.Event()
+        self.status: int | None = None
+        self.headers: dict[str, str] = {}
+        self.sent: list[bytes] = []
+        self.ended = False
+        self.first_event = asyncio.Event()
+
+    @property
+    def received(self) -> bytes:
+        """All of the body so far."""
+        return b"".join(self.sent)
+
+    async def run(self) -> None:
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": self._path,
+            "raw_path": self._path.encode(),
+            "query_string": b"",
+            "headers": self._request_headers,
+            "server": ("test", 80),
+            "client": ("test", 1),
+        }
+        await self._app(scope, self._receive, self._send)
+
+    def cut(self) -> None:
+        self._gone.set()
+
+    async def _receive(self) -> dict:
+        if self._body is not None:
+            body, self._body = self._body, None
+            return {"type": "http.request", "body": body, "more_body": False}
+        await self._gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: dict) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            self.headers = {name.decode(): value.decode() for name, value in message["headers"]}
+        else:
+            self.sent.append(message.get("body", b""))
+            self.ended = not message.get("more_body", False)
+            self.first_event.set()
 
 
 def chunks(text: str) -> list[dict]:

@@ -10,7 +10,7 @@ from server.answers.chat import chat_chunks, chat_completion
 from server.answers.parts import collect
 from server.api.context import watch
 from server.api.dependencies import ServiceDep, body_schema, identity, read_body, settle
-from server.api.respond import AnswerStream, while_connected, whole
+from server.api.respond import streamed, while_connected, whole
 from server.wire.chat import ChatCompletionRequest
 
 router = APIRouter()
@@ -37,14 +37,10 @@ async def create_chat_completion(request: Request, service: ServiceDep) -> Respo
     generation = turn.generation
     watch(request, body.model, [generation])
     vocabulary, token_ids = service.prompter.vocabulary, bool(body.return_token_ids)
+    tell = resolved.metadata != "none"
     if not body.stream:
         answers = await while_connected(request, collect(turn))
         completion = chat_completion(answer, generation, answers, vocabulary, token_ids=token_ids)
-        return whole(completion, [generation], tell=resolved.metadata != "none")
-    try:
-        await while_connected(request, generation.start())  # errors up to here get their own HTTP status
-    except BaseException:
-        await generation.aclose()
-        raise
+        return whole(completion, [generation], tell=tell)
     chunks = chat_chunks(answer, turn, vocabulary, body.include_usage, token_ids=token_ids)
-    return AnswerStream(chunks, generation.aclose, service.config.shutdown_grace_s)
+    return await streamed(request, [generation], chunks, service.config.shutdown_grace_s, tell=tell)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 
 from fastapi import APIRouter, Request, Response
 
 from server.answers.echo import echo_of
-from server.answers.generation import Generation, collect
+from server.answers.generation import collect
 from server.answers.merge import together
 from server.answers.text import TextForm, text_chunks, text_completion
 from server.api.context import watch
 from server.api.dependencies import ServiceDep, body_schema, identity, read_body, settle
-from server.api.respond import AnswerStream, while_connected, whole
+from server.api.respond import streamed, while_connected, whole
 from server.service import Service
 from server.wire.completions import CompletionRequest
 
@@ -47,7 +46,7 @@ async def create_completion(request: Request, service: ServiceDep) -> Response:
     silent = body.max_tokens == 0
     generations = [service.generation(item, body.stop, silent=silent, note_ends=True) for item in requests]
     watch(request, body.model, generations)
-    vocabulary = service.prompter.vocabulary
+    vocabulary, tell = service.prompter.vocabulary, resolved.metadata != "none"
     form = TextForm(
         n=body.n or 1,
         logprobs=body.logprobs,
@@ -58,14 +57,9 @@ async def create_completion(request: Request, service: ServiceDep) -> Response:
     if not body.stream:
         completions = await while_connected(request, together([collect(item) for item in generations]))
         completion = text_completion(answer, generations, completions, vocabulary, form)
-        return whole(completion, generations, tell=resolved.metadata != "none")
-    try:
-        await while_connected(request, together([generation.start() for generation in generations]))
-    except BaseException:
-        await _close(generations)
-        raise
+        return whole(completion, generations, tell=tell)
     chunks = text_chunks(answer, generations, vocabulary, form, body.include_usage)
-    return AnswerStream(chunks, lambda: _close(generations), service.config.shutdown_grace_s)
+    return await streamed(request, generations, chunks, service.config.shutdown_grace_s, tell=tell)
 
 
 async def _token_ids(service: Service, body: CompletionRequest) -> list[tuple[int, ...]]:
@@ -74,7 +68,3 @@ async def _token_ids(service: Service, body: CompletionRequest) -> list[tuple[in
     return [
         await service.prompter.text(prompt, special) if isinstance(prompt, str) else prompt for prompt in body.prompt
     ]
-
-
-async def _close(generations: list[Generation]) -> None:
-    await asyncio.gather(*(generation.aclose() for generation in generations))

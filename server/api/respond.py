@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 import anyio
 from fastapi import Request, Response
-from sse_starlette import EventSourceResponse
+from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from server.answers.generation import Generation
+from server.answers.merge import together
 from server.api.engine_errors import api_error
 from server.engine.base import EngineError
+from server.errors import ApiError, InternalError
 from server.wire.base import ResponseModel
-from steering.decision import SteeringDecision
 
 APPLIED_HEADER = "X-FineSteer-Applied"
 PROFILES_HEADER = "X-FineSteer-Profiles"
-PING_S = 15
+PING_S = 15.0  # the longest silence on a stream; proxies give up on a connection after a minute or so
+WAITING = b": waiting\n\n"
 Result = TypeVar("Result")
+logger = logging.getLogger("finesteer")
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
@@ -49,13 +53,59 @@ async def _disconnected(request: Request) -> None:
 
 def whole(answer: ResponseModel, generations: Sequence[Generation], *, tell: bool) -> Response:
     """A whole answer as JSON; `tell`: with the steering headers."""
-    decisions = [generation.decision for generation in generations if generation.decision is not None]
-    headers = steering_headers(decisions) if tell else {}
+    headers = _steering_headers(generations) if tell else {}
     return Response(answer.to_json(), media_type="application/json", headers=headers)
 
 
-def steering_headers(decisions: Sequence[SteeringDecision]) -> dict[str, str]:
+async def streamed(
+    request: Request,
+    generations: Sequence[Generation],
+    chunks: AsyncIterator[ResponseModel],
+    shutdown_grace_s: float,
+    *,
+    tell: bool,
+) -> Response:
+    """Start the generations, and then stream `chunks`, which must not be asked for before.
+
+    Until the first tokens are there, nothing is sent: an error has its own HTTP status, and the headers say what was
+    steered (`tell`). But no longer than `PING_S`: after that the status is 200 and the line a comment, again and again,
+    an error is an event, and only the first chunk says what was steered. Closes the generations, whatever happens.
+    """
+    starting = asyncio.ensure_future(together([generation.start() for generation in generations]))
+
+    async def close() -> None:
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        await asyncio.gather(*(generation.aclose() for generation in generations))
+
+    try:
+        await while_connected(request, _within(starting, PING_S))
+    except BaseException:
+        await close()
+        raise
+    headers = _steering_headers(generations) if tell and starting.done() else {}
+    return AnswerStream(_after(starting, chunks), close, shutdown_grace_s, headers)
+
+
+async def _within(work: asyncio.Future, patience_s: float) -> None:
+    """Wait for `work`, raise what it raises, and leave it alone when it takes longer."""
+    await asyncio.wait((work,), timeout=patience_s)
+    if work.done():
+        work.result()
+
+
+async def _after(work: asyncio.Future, chunks: AsyncIterator[ResponseModel]) -> AsyncIterator[ResponseModel | bytes]:
+    """`chunks` once `work` is done; a comment at once where it is not yet."""
+    if not work.done():
+        yield WAITING
+        await work
+    async for chunk in chunks:
+        yield chunk
+
+
+def _steering_headers(generations: Sequence[Generation]) -> dict[str, str]:
     """Whether any prompt's numbers were changed, and the profiles that changed them."""
+    decisions = [generation.decision for generation in generations if generation.decision is not None]
     acted = {profile.name: None for decision in decisions for profile in decision.profiles if profile.applied}
     return {
         APPLIED_HEADER: "true" if any(decision.applied for decision in decisions) else "false",
@@ -64,19 +114,25 @@ def steering_headers(decisions: Sequence[SteeringDecision]) -> dict[str, str]:
 
 
 class AnswerStream(EventSourceResponse):
-    """Chunks as server-sent events, `[DONE]` at the end.
+    """Chunks as server-sent events, `[DONE]` at the end, and a comment in every `PING_S` of it.
 
-    An engine's error in mid-stream becomes an event `{"error": …}` and the end, without `[DONE]`. `close` is awaited
-    however the stream ends, also where the client goes before its first byte.
+    An error in mid-stream becomes an event `{"error": …}` and the end, without `[DONE]`. `close` is awaited however the
+    stream ends, also where the client goes before its first byte.
     """
 
     def __init__(
-        self, chunks: AsyncIterator[ResponseModel], close: Callable[[], Awaitable[None]], shutdown_grace_s: float
+        self,
+        chunks: AsyncIterator[ResponseModel | bytes],
+        close: Callable[[], Awaitable[None]],
+        shutdown_grace_s: float,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
+        """`chunks` may hold bytes, which are sent as they are."""
         super().__init__(
             _events(chunks),
             ping=PING_S,
-            headers={"Cache-Control": "no-cache"},
+            ping_message_factory=lambda: ServerSentEvent(comment="waiting", sep="\n"),
+            headers={"Cache-Control": "no-cache", **(headers or {})},
             # The library sets this event at shutdown, and cuts streams that have not ended when the grace is over.
             shutdown_event=anyio.Event(),
             shutdown_grace_period=shutdown_grace_s,
@@ -91,11 +147,22 @@ class AnswerStream(EventSourceResponse):
                 await self._close()
 
 
-async def _events(chunks: AsyncIterator[ResponseModel]) -> AsyncIterator[bytes]:
+async def _events(chunks: AsyncIterator[ResponseModel | bytes]) -> AsyncIterator[bytes]:
     try:
         async for chunk in chunks:
-            yield b"data: " + chunk.to_json().encode() + b"\n\n"
+            yield chunk if isinstance(chunk, bytes) else b"data: " + chunk.to_json().encode() + b"\n\n"
     except EngineError as error:
-        yield b"data: " + api_error(error).to_json() + b"\n\n"
+        yield _error_event(api_error(error))
+    except ApiError as error:
+        yield _error_event(error)
+    except (
+        Exception
+    ):  # the status has gone out, so no handler can tell the client; a cut connection would tell it nothing
+        logger.exception("a stream was broken off by a defect")
+        yield _error_event(InternalError("The server made a mistake, and its log has the details."))
     else:
         yield b"data: [DONE]\n\n"
+
+
+def _error_event(error: ApiError) -> bytes:
+    return b"data: " + error.to_json() + b"\n\n"

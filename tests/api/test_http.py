@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import gzip
 import json
 import re
@@ -13,7 +12,7 @@ import pytest
 from server.api.elsewhere import why_not
 from server.app import GZIP_FROM_BYTES
 from tests.checkpoint import CALM
-from tests.serving import chunks, serving
+from tests.serving import Connection, chunks, serving
 
 CHAT = "/v1/chat/completions"
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": CALM[0]}], "max_tokens": 2}
@@ -202,25 +201,11 @@ async def test_large_whole_answers_are_compressed_for_who_accepts_it(served):
 async def test_streams_are_never_compressed_and_come_event_by_event(served):
     """Each ASGI message is what would go out at once: one event each, in plain text."""
     body = BODY | {"stream": True, "max_tokens": 30, "temperature": 0}
-    sent = []
-
-    async def send(message):
-        sent.append(message)
-
-    requests = iter([{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}])
-
-    async def receive():
-        for message in requests:
-            return message
-        await asyncio.Event().wait()
-
-    scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http"}
-    scope |= {"path": CHAT, "raw_path": CHAT.encode(), "query_string": b"", "server": ("t", 80), "client": ("t", 1)}
-    await served.app(scope | {"headers": [(b"accept-encoding", b"gzip, deflate, br")]}, receive, send)
-    start, *bodies = sent
-    headers = dict(start["headers"])
-    assert b"content-encoding" not in headers and headers[b"content-type"].startswith(b"text/event-stream")
-    events = [message["body"] for message in bodies if message["body"]]
+    connection = Connection(served.app, CHAT, body, {"Accept-Encoding": "gzip, deflate, br"})
+    await connection.run()
+    headers = connection.headers
+    assert "content-encoding" not in headers and headers["content-type"].startswith("text/event-stream")
+    events = [piece for piece in connection.sent if piece]
     assert all(event.startswith(b"data: ") and event.count(b"\n\n") == 1 for event in events)
     assert len(events) > 20
     assert len(chunks(b"".join(events).decode())) == len(events) - 1

@@ -14,53 +14,9 @@ from server.wire.chat import ChatCompletionRequest
 from server.wire.parsing import parse_body
 from steering.decision import SteeringOptions
 from tests.checkpoint import CALM, FIRING
-from tests.serving import chunks, sample, samples, serving
+from tests.serving import Connection, chunks, sample, samples, serving
 
 LONG = {"model": "tiny", "temperature": 0, "ignore_eos": True, "messages": [{"role": "user", "content": FIRING[0]}]}
-
-
-class Connection:
-    """One raw ASGI exchange that can be cut."""
-
-    def __init__(self, app, path: str, body: dict) -> None:
-        self._app, self._path, self._body = app, path, json.dumps(body).encode()
-        self._gone = asyncio.Event()
-        self.status: int | None = None
-        self.received = b""
-        self.first_event = asyncio.Event()
-
-    async def run(self) -> None:
-        scope = {
-            "type": "http",
-            "asgi": {"version": "3.0"},
-            "http_version": "1.1",
-            "method": "POST",
-            "scheme": "http",
-            "path": self._path,
-            "raw_path": self._path.encode(),
-            "query_string": b"",
-            "headers": [],
-            "server": ("test", 80),
-            "client": ("test", 1),
-        }
-        await self._app(scope, self._receive, self._send)
-
-    def cut(self) -> None:
-        self._gone.set()
-
-    async def _receive(self) -> dict:
-        if self._body is not None:
-            body, self._body = self._body, None
-            return {"type": "http.request", "body": body, "more_body": False}
-        await self._gone.wait()
-        return {"type": "http.disconnect"}
-
-    async def _send(self, message: dict) -> None:
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-        else:
-            self.received += message.get("body", b"")
-            self.first_event.set()
 
 
 async def until(condition) -> None:
