@@ -20,16 +20,18 @@ class AnswerIdentity:
     model: str
     system_fingerprint: str
     metadata: MetadataLevel
+    service_tier: str | None = None
 
     @property
     def fields(self) -> dict[str, Any]:
         """The fields that every chunk and answer repeats."""
-        return {
+        repeated = {
             "id": self.id,
             "created": self.created,
             "model": self.model,
             "system_fingerprint": self.system_fingerprint,
         }
+        return repeated if self.service_tier is None else repeated | {"service_tier": self.service_tier}
 
     def steering(self, generations: Sequence[Generation], *, as_list: bool = False) -> dict[str, Any]:
         """`{"steering": …}`, or nothing where the client is to see none. `as_list`: one object a prompt, in order."""

@@ -87,7 +87,6 @@ async def text_chunks(
     Echoes come before anything else, one for each choice.
     """
     steering = identity.steering(generations, as_list=len(generations) > 1)
-    extra = {"usage": None} if include_usage else {}
     unfinished = len(generations) * form.n
     first = True
 
@@ -98,7 +97,6 @@ async def text_chunks(
             **identity.fields,
             object="text_completion",
             choices=[TextChoice.model_construct(**choice)],
-            **extra,
             **told,
         )
 

@@ -65,7 +65,8 @@ def settle(request: Request, service: Service, model: str | None, fields: Steeri
 
 def identity(service: Service, fields: SamplingFields, resolved: Resolved, prefix: str, created: int) -> AnswerIdentity:
     """A new answer's id and what goes with it; the model's name is given back as it was asked for."""
-    return AnswerIdentity(new_id(prefix), created, fields.model, service.fingerprint, resolved.metadata)
+    tier = "default" if getattr(fields, "service_tier", None) else None  # the one there is; told to who names one
+    return AnswerIdentity(new_id(prefix), created, fields.model, service.fingerprint, resolved.metadata, tier)
 
 
 def body_schema(model: type[RequestModel]) -> dict[str, Any]:

@@ -101,6 +101,7 @@ class ChatCompletionRequest(TemplateFields, CommonExtras, ToolFields):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
+    service_tier: Literal["auto", "default"] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
@@ -114,7 +115,6 @@ class ChatCompletionRequest(TemplateFields, CommonExtras, ToolFields):
         "verbosity": Unsupported("Remove the field."),
         "web_search_options": Unsupported("The server does not search; remove the field."),
         "moderation": Unsupported("Steering profiles do this server's part; remove the field."),
-        "service_tier": Unsupported('There is one tier; send "auto" or nothing.', ("auto", "default")),
         "store": Unsupported("Nothing is stored; send false or nothing.", (False,)),
         "prompt_cache_options": Unsupported("Remove the field."),
         "prompt_cache_retention": Unsupported("Remove the field."),
@@ -204,6 +204,7 @@ class ChatCompletion(ResponseModel):
     created: int
     model: str
     system_fingerprint: str
+    service_tier: str
     choices: list[ChatChoice]
     usage: Usage
     steering: SteeringReport
@@ -234,6 +235,7 @@ class ChatCompletionChunk(ResponseModel):
     created: int
     model: str
     system_fingerprint: str
+    service_tier: str
     choices: list[ChunkChoice]
     usage: Usage | None
     steering: SteeringReport

@@ -154,5 +154,5 @@ class TextCompletion(ResponseModel):
     model: str
     system_fingerprint: str
     choices: list[TextChoice]
-    usage: Usage | None
+    usage: Usage  # in a stream on the last chunk only: where chat has null on the others, this has no field
     steering: SteeringReport | list[SteeringReport]
