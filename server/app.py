@@ -15,6 +15,7 @@ from starlette.routing import Match
 
 from server.api import chat, completions, models, ops, steering, tokenize
 from server.api.context import REQUEST_ID_HEADER, RequestContext, error_response
+from server.api.documentation import describe
 from server.api.elsewhere import why_not
 from server.api.engine_errors import api_error
 from server.api.respond import APPLIED_HEADER, PROFILES_HEADER
@@ -60,6 +61,7 @@ def create_app(config: ServerConfig, engine: Engine, prompter: Prompter, metrics
     app.state.service = Service(config, engine, prompter, metrics, grammars)
     for module in MODULES:
         app.include_router(module.router)
+    describe(app)
     _add_middleware(app, config)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(EngineError, _on_engine_error)

@@ -9,14 +9,19 @@ from fastapi import APIRouter, Request, Response
 from server.answers.chat import chat_chunks, chat_completion
 from server.answers.parts import collect
 from server.api.context import watch
-from server.api.dependencies import ServiceDep, body_schema, identity, read_body, settle
+from server.api.dependencies import ServiceDep, identity, read_body, settle
+from server.api.documentation import GENERATES, documented
 from server.api.respond import streamed, while_connected, whole
-from server.wire.chat import ChatCompletionRequest
+from server.wire.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
 
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions", openapi_extra=body_schema(ChatCompletionRequest), tags=["OpenAI"])
+@router.post(
+    "/v1/chat/completions",
+    tags=["OpenAI"],
+    **documented(ChatCompletion, GENERATES, body=ChatCompletionRequest, events=ChatCompletionChunk),
+)
 async def create_chat_completion(request: Request, service: ServiceDep) -> Response:
     """Answer a conversation, steered where its last turn asks for it."""
     created = int(time.time())

@@ -11,15 +11,20 @@ from server.answers.generation import collect
 from server.answers.merge import together
 from server.answers.text import TextForm, text_chunks, text_completion
 from server.api.context import watch
-from server.api.dependencies import ServiceDep, body_schema, identity, read_body, settle
+from server.api.dependencies import ServiceDep, identity, read_body, settle
+from server.api.documentation import GENERATES, documented
 from server.api.respond import streamed, while_connected, whole
 from server.service import Service
-from server.wire.completions import CompletionRequest
+from server.wire.completions import CompletionRequest, TextCompletion
 
 router = APIRouter()
 
 
-@router.post("/v1/completions", openapi_extra=body_schema(CompletionRequest), tags=["OpenAI"])
+@router.post(
+    "/v1/completions",
+    tags=["OpenAI"],
+    **documented(TextCompletion, GENERATES, body=CompletionRequest, events=TextCompletion),
+)
 async def create_completion(request: Request, service: ServiceDep) -> Response:
     """Continue one prompt or several; each prompt gets a decision of its own."""
     created = int(time.time())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 from fastapi import Depends, Request
 
@@ -67,9 +67,3 @@ def identity(service: Service, fields: SamplingFields, resolved: Resolved, prefi
     """A new answer's id and what goes with it; the model's name is given back as it was asked for."""
     tier = "default" if getattr(fields, "service_tier", None) else None  # the one there is; told to who names one
     return AnswerIdentity(new_id(prefix), created, fields.model, service.fingerprint, resolved.metadata, tier)
-
-
-def body_schema(model: type[RequestModel]) -> dict[str, Any]:
-    """`openapi_extra` for a route that reads its body by `read_body`."""
-    schema = model.model_json_schema(ref_template=f"#/components/schemas/{model.__name__}/$defs/{{model}}")
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

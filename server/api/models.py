@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Response
 
 from server.api.dependencies import ServiceDep
+from server.api.documentation import READS, documented
 from server.errors import NotFoundError
 from server.service import Service
 from server.steering_options import aliases
@@ -13,13 +14,13 @@ from server.wire.models import ModelCard, ModelList
 router = APIRouter(tags=["OpenAI"])
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", **documented(ModelList, READS))
 async def list_models(service: ServiceDep) -> Response:
     """Every name that a request may use as `model`."""
     return _json(ModelList(object="list", data=list(_cards(service).values())))
 
 
-@router.get("/v1/models/{model:path}")
+@router.get("/v1/models/{model:path}", **documented(ModelCard, (*READS, 404)))
 async def get_model(model: str, service: ServiceDep) -> Response:
     """One of those names."""
     card = _cards(service).get(model)

@@ -6,7 +6,8 @@ import dataclasses
 
 from fastapi import APIRouter, Request, Response
 
-from server.api.dependencies import ServiceDep, body_schema, read_body, settle
+from server.api.dependencies import ServiceDep, read_body, settle
+from server.api.documentation import GENERATES, READS, documented
 from server.api.respond import while_connected
 from server.conversation import Conversation
 from server.engine.base import GenerationRequest, SamplingOptions
@@ -19,14 +20,14 @@ from steering.manifest import ProfileManifest
 router = APIRouter(tags=["Steering"])
 
 
-@router.get("/v1/steering/profiles")
+@router.get("/v1/steering/profiles", **documented(ProfileList, READS))
 async def list_profiles(service: ServiceDep) -> Response:
     """The loaded profiles."""
     cards = [_card(service, name, manifest) for name, manifest in service.engine.profiles.items()]
     return Response(ProfileList(object="list", data=cards).to_json(), media_type="application/json")
 
 
-@router.get("/v1/steering/profiles/{name}")
+@router.get("/v1/steering/profiles/{name}", **documented(ProfileCard, (*READS, 404)))
 async def get_profile(name: str, service: ServiceDep) -> Response:
     """One loaded profile."""
     manifest = service.engine.profiles.get(name)
@@ -36,7 +37,7 @@ async def get_profile(name: str, service: ServiceDep) -> Response:
     return Response(_card(service, name, manifest).to_json(), media_type="application/json")
 
 
-@router.post("/v1/steering/score", openapi_extra=body_schema(ScoreRequest))
+@router.post("/v1/steering/score", **documented(ScoreResponse, GENERATES, body=ScoreRequest))
 async def score(request: Request, service: ServiceDep) -> Response:
     """The decision that a prompt would get, in full; nothing is generated, and the gate metrics do not count it."""
     body = await read_body(request, ScoreRequest)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 
@@ -22,10 +22,17 @@ class Unsupported:
         return value is None or any(type(value) is type(n) and value == n for n in self.neutral)
 
 
+def _refused(schema: dict[str, Any], model: type[RequestModel]) -> None:
+    """Write the unsupported fields, with the values that are let pass, into a request's JSON schema."""
+    for name, refusal in model.unsupported.items():
+        said = {"enum": [None, *refusal.neutral], "description": f"Not supported. {refusal.remedy}"}
+        schema.setdefault("properties", {})[name] = said
+
+
 class RequestModel(BaseModel):
     """A request body. `unsupported` lists fields by name; `parsing.parse_body` refuses them by their own message."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True, json_schema_extra=_refused)
     unsupported: ClassVar[Mapping[str, Unsupported]] = {}
 
 
@@ -37,6 +44,15 @@ class ResponseModel(BaseModel):
     def to_json(self) -> str:
         """Compact JSON text."""
         return self.model_dump_json(exclude_unset=True)
+
+
+def _no_default(schema: dict[str, Any]) -> None:
+    del schema["default"]
+
+
+def absent() -> Any:
+    """The default of an answer's field that is left out, and never null, where there is nothing to say."""
+    return Field(default=None, json_schema_extra=_no_default)
 
 
 def inconsistent(field: str, sentence: str) -> PydanticCustomError:

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.conversation import Conversation, TextFormat
-from server.wire.base import RequestModel, ResponseModel, Unsupported, inconsistent
+from server.wire.base import RequestModel, ResponseModel, Unsupported, absent, inconsistent
 from server.wire.completions import Usage
 from server.wire.extras import NOT_BUILT, CommonExtras, PromptLogprobs
 from server.wire.parsing import shown
@@ -204,19 +204,19 @@ class ChatCompletion(ResponseModel):
     created: int
     model: str
     system_fingerprint: str
-    service_tier: str
+    service_tier: str = absent()
     choices: list[ChatChoice]
     usage: Usage
-    steering: SteeringReport
-    prompt_logprobs: PromptLogprobs
-    prompt_token_ids: list[int]
+    steering: SteeringReport = absent()
+    prompt_logprobs: PromptLogprobs = absent()
+    prompt_token_ids: list[int] = absent()
 
 
 class Delta(ResponseModel):
-    role: Literal["assistant"]
-    content: str
-    refusal: None
-    tool_calls: list[CallDelta]
+    role: Literal["assistant"] = absent()
+    content: str = absent()
+    refusal: None = absent()
+    tool_calls: list[CallDelta] = absent()
 
 
 class ChunkChoice(ResponseModel):
@@ -235,8 +235,8 @@ class ChatCompletionChunk(ResponseModel):
     created: int
     model: str
     system_fingerprint: str
-    service_tier: str
+    service_tier: str = absent()
     choices: list[ChunkChoice]
-    usage: Usage | None
-    steering: SteeringReport
-    prompt_token_ids: list[int]
+    usage: Usage | None = absent()
+    steering: SteeringReport = absent()
+    prompt_token_ids: list[int] = absent()

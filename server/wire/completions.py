@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from server.wire.base import ResponseModel, Unsupported, inconsistent
+from server.wire.base import ResponseModel, Unsupported, absent, inconsistent
 from server.wire.extras import NOT_BUILT, CommonExtras, PromptLogprobs
 from server.wire.parsing import shown
 from server.wire.steering import SteeringReport
@@ -154,5 +154,7 @@ class TextCompletion(ResponseModel):
     model: str
     system_fingerprint: str
     choices: list[TextChoice]
-    usage: Usage  # in a stream on the last chunk only: where chat has null on the others, this has no field
-    steering: SteeringReport | list[SteeringReport]
+    usage: Usage = (
+        absent()
+    )  # on a stream's last chunk, if asked for: where chat has null on the others, this has no field
+    steering: SteeringReport | list[SteeringReport] = absent()
