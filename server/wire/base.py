@@ -30,10 +30,14 @@ def _refused(schema: dict[str, Any], model: type[RequestModel]) -> None:
 
 
 class RequestModel(BaseModel):
-    """A request body. `unsupported` lists fields by name; `parsing.parse_body` refuses them by their own message."""
+    """A request body. `unsupported` lists fields by name; `parsing.parse_body` refuses them by their own message.
+
+    `no_ops` are fields that are read, checked, and have no effect here, by design.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True, json_schema_extra=_refused)
     unsupported: ClassVar[Mapping[str, Unsupported]] = {}
+    no_ops: ClassVar[frozenset[str]] = frozenset()
 
 
 class ResponseModel(BaseModel):

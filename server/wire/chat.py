@@ -105,6 +105,9 @@ class ChatCompletionRequest(TemplateFields, CommonExtras, ToolFields):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
+    no_ops: ClassVar[frozenset[str]] = CommonExtras.no_ops | {
+        *("service_tier", "safety_identifier", "prompt_cache_key")
+    }
     unsupported: ClassVar[Mapping[str, Unsupported]] = NOT_BUILT | {
         "functions": Unsupported(_OLD_TOOLS, ([],)),
         "function_call": Unsupported(_OLD_TOOLS, ("none", "auto")),

@@ -156,7 +156,9 @@ def test_curl_in_stream(address):
 
 def test_documentation_is_served(address):
     with urllib.request.urlopen(f"{address}/openapi.json", timeout=10) as response:
-        paths = json.load(response)["paths"]
+        description = json.load(response)
+    paths = description["paths"]
     schema = paths["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert "steer_strength" in schema["properties"]
+    assert schema == {"$ref": "#/components/schemas/ChatCompletionRequest"}
+    assert "steer_strength" in description["components"]["schemas"]["ChatCompletionRequest"]["properties"]
     assert {"/v1/completions", "/v1/models", "/v1/steering/score", "/metrics", "/health"} <= set(paths)
