@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from server.answers.generation import Generation
 from server.answers.parts import Turn
@@ -41,7 +42,7 @@ class Service:
         """The model's public name."""
         return self.config.served_model_name
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Changes when anything does that may change an answer: model, engine, dtype, profiles."""
         info = self.engine.info

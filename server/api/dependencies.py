@@ -21,7 +21,7 @@ JSON_SUFFIX = re.compile(r"application/[^\s/]+\+json")
 Body = TypeVar("Body", bound=RequestModel)
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:  # a plain function would be run in a thread
     return request.app.state.service
 
 

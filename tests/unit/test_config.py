@@ -60,6 +60,15 @@ def test_the_key_comes_from_the_option_or_the_environment_and_is_never_shown():
     assert "option-wins" not in repr(config)
 
 
+def test_origins_of_web_pages():
+    assert configure().cors_origins == ()
+    origins = ["https://app.example.com", "http://localhost:3000", "http://[::1]:8080", "tauri://localhost", "*"]
+    assert configure(cors_origins=origins).cors_origins == tuple(origins)
+    for wrong in ("app.example.com", "https://app.example.com/", "https://*.example.com", "null", "", "https://a b"):
+        with pytest.raises(ConfigError, match="--cors-origin"):
+            configure(cors_origins=[wrong])
+
+
 def test_without_a_model_the_demo_with_its_own_profiles(tmp_path, monkeypatch):
     for name, method in (("safety", "finesteer"), ("caa", "caa")):
         (tmp_path / "profiles" / name).mkdir(parents=True)
