@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 import json
 import os
 import re
@@ -27,6 +26,7 @@ from server.engine.native.load import load_engine
 from server.observability.metrics import Metrics
 from server.prompting.prompter import Prompter, load_prompter
 from tests.checkpoint import build_checkpoint, build_profile
+from tests.openai_schema import CheckedTransport
 
 
 @dataclass(frozen=True)
@@ -89,21 +89,12 @@ async def serving(artifacts: Artifacts, names: tuple[str, ...] = ("safety",), **
     )
     prompter = load_prompter(config.model, config.chat_template, config.tool_format)
     app = create_app(config, engine, prompter, metrics)
-    transport = _transport()(app, raise_app_exceptions=False)
+    transport = CheckedTransport(app, raise_app_exceptions=False)
     async with (
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=transport, base_url="http://test") as client,
     ):
         yield Served(client, app, engine, prompter)
-
-
-def _transport() -> type[httpx.ASGITransport]:
-    """One that holds every answer against OpenAI's types; a plain one where the development extra is not installed."""
-    if importlib.util.find_spec("jsonschema") is None:
-        return httpx.ASGITransport
-    from tests.openai_schema import CheckedTransport
-
-    return CheckedTransport
 
 
 class Connection:

@@ -21,7 +21,7 @@ from server.wire.chat import (
     TokenLogprob,
     TopLogprob,
 )
-from server.wire.tools import CallDelta, Called, ToolCall
+from server.wire.tools import CallDelta, Called, CalledDelta, ToolCall
 
 
 def chat_completion(
@@ -100,10 +100,10 @@ async def chat_chunks(
                 delta = Delta.model_construct(content=part.text)
                 yield chunk([_choice(part.index, delta, logprobs, **new_ids(part.index))])
             case CallBegins():
-                function = Called(name=part.name, arguments="")
+                function = CalledDelta(name=part.name, arguments="")
                 yield chunk([_call(part, id=part.id, type="function", function=function)])
             case CallArguments():
-                yield chunk([_call(part, function=Called.model_construct(arguments=part.text))])
+                yield chunk([_call(part, function=CalledDelta(arguments=part.text))])
             case End():
                 unfinished -= 1
                 last = not unfinished and not include_usage

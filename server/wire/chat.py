@@ -188,7 +188,7 @@ class AnswerMessage(ResponseModel):
     role: Literal["assistant"]
     content: str | None
     refusal: None
-    tool_calls: list[ToolCall]
+    tool_calls: list[ToolCall] = absent()
 
 
 class ChatChoice(ResponseModel):

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from server.tools.base import Tool, ToolUse
-from server.wire.base import RequestModel, ResponseModel, inconsistent
+from server.wire.base import RequestModel, ResponseModel, absent, inconsistent
 
 MAX_TOOLS = 128
 FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
@@ -153,10 +153,15 @@ class ToolCall(ResponseModel):
     function: Called
 
 
+class CalledDelta(ResponseModel):
+    name: str = absent()
+    arguments: str
+
+
 class CallDelta(ResponseModel):
     """A call in a stream: id, type and name come once, then arguments."""
 
     index: int
-    id: str
-    type: Literal["function"]
-    function: Called
+    id: str = absent()
+    type: Literal["function"] = absent()
+    function: CalledDelta

@@ -23,10 +23,10 @@ from hypothesis import HealthCheck, Phase, settings
 from server.api.documentation import describe
 from server.app import MODULES
 from server.listen import address_of, listen
+from tests import openai_schema
 from tests.serving import Artifacts, serving
 
 schemathesis = pytest.importorskip("schemathesis", reason="the development extra is not installed")
-openai_schema = pytest.importorskip("tests.openai_schema", reason="the development extra is not installed")
 
 EXAMPLES = 20  # of each operation, beside the boundary values
 TOKENS = 4

@@ -10,12 +10,9 @@ import json
 
 import pytest
 
+from tests import openai_schema
 from tests.checkpoint import CALM, FIRING
 from tests.serving import chunks, serving
-
-pytest.importorskip("jsonschema", reason="the development extra is not installed")
-
-from tests import openai_schema
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 SHAPES = {
