@@ -58,9 +58,10 @@ def problems(name: str, value: Any) -> list[str]:
 
 def conforms(name: str, value: Any, asked: dict[str, Any] | None = None) -> None:
     """Assert that `value` is a `name`, our documented extensions apart; `asked`: the request, which may have asked for some."""
-    extras = frozenset().union(
-        *(names for field, names in ON_REQUEST.items() if (asked or {}).get(field) not in (None, False))
-    )
+    wanted = {
+        field for field, value in (asked or {}).items() if value is not None and value is not False
+    }  # 0 asks, too
+    extras = frozenset().union(*(names for field, names in ON_REQUEST.items() if field in wanted))
     bare = _without(value, STEERING | extras)
     if isinstance(bare, dict) and isinstance(bare.get("choices"), list):
         bare = bare | {"choices": [_without(choice, extras) for choice in bare["choices"]]}

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from server.api.dependencies import ServiceDep, body_schema, read_body
+from server.api.dependencies import ServiceDep, read_body
+from server.api.documentation import documented
 from server.errors import InvalidRequestError
 from server.wire.tokenize import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 
 router = APIRouter(tags=["Tokens"])
+ERRORS = (400, 404, 405, 413, 415, 500)
 
 
-@router.post("/tokenize", openapi_extra=body_schema(TokenizeRequest))
+@router.post("/tokenize", **documented(TokenizeResponse, ERRORS, body=TokenizeRequest))
 async def tokenize(request: Request, service: ServiceDep) -> Response:
     """The token ids of a prompt, or of a conversation as the chat template writes it."""
     body = await read_body(request, TokenizeRequest)
@@ -29,7 +31,7 @@ async def tokenize(request: Request, service: ServiceDep) -> Response:
     return Response(answer.to_json(), media_type="application/json")
 
 
-@router.post("/detokenize", openapi_extra=body_schema(DetokenizeRequest))
+@router.post("/detokenize", **documented(DetokenizeResponse, ERRORS, body=DetokenizeRequest))
 async def detokenize(request: Request, service: ServiceDep) -> Response:
     """The text of token ids."""
     body = await read_body(request, DetokenizeRequest)

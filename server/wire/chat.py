@@ -196,7 +196,7 @@ class ChatChoice(ResponseModel):
     message: AnswerMessage
     logprobs: ChoiceLogprobs | None
     finish_reason: str
-    token_ids: list[int]
+    token_ids: list[int] = absent()
 
 
 class ChatCompletion(ResponseModel):
@@ -227,7 +227,7 @@ class ChunkChoice(ResponseModel):
     delta: Delta
     logprobs: ChoiceLogprobs | None
     finish_reason: str | None
-    token_ids: list[int]
+    token_ids: list[int] = absent()
 
 
 class ChatCompletionChunk(ResponseModel):

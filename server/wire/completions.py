@@ -137,9 +137,9 @@ class TextChoice(ResponseModel):
     text: str
     logprobs: TextLogprobs | None
     finish_reason: str | None
-    prompt_logprobs: PromptLogprobs
-    prompt_token_ids: list[int]
-    token_ids: list[int]
+    prompt_logprobs: PromptLogprobs = absent()
+    prompt_token_ids: list[int] = absent()
+    token_ids: list[int] = absent()
 
 
 class TextCompletion(ResponseModel):
@@ -154,7 +154,5 @@ class TextCompletion(ResponseModel):
     model: str
     system_fingerprint: str
     choices: list[TextChoice]
-    usage: Usage = (
-        absent()
-    )  # on a stream's last chunk, if asked for: where chat has null on the others, this has no field
+    usage: Usage = absent()  # a stream's last chunk has it, if asked for; the others have no null as chat's do
     steering: SteeringReport | list[SteeringReport] = absent()

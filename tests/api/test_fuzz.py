@@ -28,7 +28,7 @@ from tests.serving import Artifacts, serving
 
 schemathesis = pytest.importorskip("schemathesis", reason="the development extra is not installed")
 
-EXAMPLES = 20  # of each operation, beside the boundary values
+EXAMPLES = 15  # of each operation, beside the boundary values
 TOKENS = 4
 
 
@@ -161,7 +161,8 @@ def test_the_description_names_every_status_and_nothing_undefined() -> None:
             assert {"200", "405", "500"} <= statuses and not statuses & {"422", "499"}
             if path.startswith("/v1/"):
                 assert "401" in statuses
+                assert "503" in statuses or "requestBody" not in operation
             if "requestBody" in operation:
-                assert {"400", "404", "413", "415", "503"} <= statuses
+                assert {"400", "404", "413", "415"} <= statuses
             answer = operation["responses"]["200"]["content"]
             assert path == "/metrics" or answer["application/json"]["schema"]

@@ -52,7 +52,8 @@ async def test_a_prompt_longer_than_the_context_can_be_counted(served):
 
 
 async def test_they_are_in_the_documentation(served):
-    paths = (await served.client.get("/openapi.json")).json()["paths"]
-    for path in ("/tokenize", "/detokenize"):
-        schema = paths[path]["post"]["requestBody"]["content"]["application/json"]["schema"]
-        assert "model" in schema["properties"]
+    description = (await served.client.get("/openapi.json")).json()
+    for path, name in (("/tokenize", "TokenizeRequest"), ("/detokenize", "DetokenizeRequest")):
+        schema = description["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        assert schema == {"$ref": f"#/components/schemas/{name}"}
+        assert "model" in description["components"]["schemas"][name]["properties"]
