@@ -286,7 +286,7 @@ async def test_absurd_bodies_are_refused_quickly(served):
         response = await served.client.post("/v1/chat/completions", json=body)
         assert response.status_code == 400
         assert len(response.text) < 4000
-        assert time.perf_counter() - begun < 5
+        assert time.perf_counter() - begun < 20
 
 
 async def test_too_large_a_body(served):
