@@ -44,6 +44,7 @@ def create_app(config: ServerConfig, engine: Engine, prompter: Prompter, metrics
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await engine.start()
+        grammars.warm_up()
         try:
             yield
         finally:

@@ -27,7 +27,7 @@ ANY_OBJECT = {"type": "object"}
 class GrammarCompiler:
     """Grammars for one model. All methods are called from one event loop; the work is done in threads.
 
-    Two tokenizers, each built at its first use: for JSON no special token is ever allowed, in Lark grammars those of
+    Two tokenizers, each built once: for JSON no special token is ever allowed, in Lark grammars those of
     `marker_texts` are plain text.
 
     Args:
@@ -87,6 +87,12 @@ class GrammarCompiler:
         except SchemaError as error:
             raise _refusal(what, param, error, "invalid_grammar") from error
 
+    def warm_up(self) -> None:
+        """Begin to build the tokenizers, so that the first grammar need not wait for them."""
+        if self._eos_token_ids:
+            for markers in {(), self._marker_texts}:
+                self._build(markers)
+
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -122,11 +128,14 @@ class GrammarCompiler:
     async def _tokenizer(self, markers: tuple[str, ...]) -> LLTokenizer:
         if not self._eos_token_ids:
             raise SchemaError("this model has no end-of-sequence token, so no answer could end")
+        return await _result(self._build(markers))
+
+    def _build(self, markers: tuple[str, ...]) -> Future[LLTokenizer]:
         if markers not in self._tokenizers:
             self._tokenizers[markers] = self._pool.submit(
                 build_tokenizer, self._vocabulary, self._eos_token_ids, self._vocab_size, markers
             )
-        return await _result(self._tokenizers[markers])
+        return self._tokenizers[markers]
 
 
 def _schema_of(wanted: TextFormat) -> dict[str, Any]:
