@@ -155,9 +155,7 @@ async def _events(chunks: AsyncIterator[ResponseModel | bytes]) -> AsyncIterator
         yield _error_event(api_error(error))
     except ApiError as error:
         yield _error_event(error)
-    except (
-        Exception
-    ):  # the status has gone out, so no handler can tell the client; a cut connection would tell it nothing
+    except Exception:  # the status has gone out, so no handler can tell the client, and a cut connection tells nothing
         logger.exception("a stream was broken off by a defect")
         yield _error_event(InternalError("The server made a mistake, and its log has the details."))
     else:

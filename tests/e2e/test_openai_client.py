@@ -128,6 +128,10 @@ def test_errors_are_the_clients_own(client):
         client.chat.completions.create(messages=turn("x"), functions=[{"name": "f"}], **GREEDY)
     with pytest.raises(openai.BadRequestError, match="suffix: not supported"):
         client.completions.create(prompt="x", suffix="y", **GREEDY)
+    with pytest.raises(openai.BadRequestError, match="Answers are text"):
+        client.chat.completions.create(messages=turn("x"), modalities=["text", "audio"], **GREEDY)
+    with pytest.raises(openai.NotFoundError, match="no embeddings"):
+        client.embeddings.create(model="tiny", input="x")
     with pytest.raises(openai.NotFoundError):
         client.responses.create(model="tiny", input="x")
 
@@ -146,7 +150,9 @@ def test_the_curl_that_the_terminal_shows(log, address):
 def test_curl_in_stream(address):
     body = json.dumps(GREEDY | {"messages": turn(CALM[0]), "stream": True, "extra_body": {"steer_strength": 4}})
     result = subprocess.run(
-        ["curl", "-sSN", f"{address}/v1/chat/completions", "-d", body], capture_output=True, timeout=60
+        ["curl", "-sSN", f"{address}/v1/chat/completions", "-H", "Content-Type: application/json", "-d", body],
+        capture_output=True,
+        timeout=60,
     )
     events = [line for line in result.stdout.decode().split("\n\n") if line]
     assert all(event.startswith("data: ") for event in events)
@@ -162,3 +168,22 @@ def test_documentation_is_served(address):
     assert schema == {"$ref": "#/components/schemas/ChatCompletionRequest"}
     assert "steer_strength" in description["components"]["schemas"]["ChatCompletionRequest"]["properties"]
     assert {"/v1/completions", "/v1/models", "/v1/steering/score", "/metrics", "/health"} <= set(paths)
+
+
+def test_curl_without_the_media_type_is_told_what_to_add(address):
+    result = subprocess.run(
+        ["curl", "-sS", f"{address}/v1/chat/completions", "-d", "{}"], capture_output=True, timeout=60
+    )
+    error = json.loads(result.stdout)["error"]
+    assert error["code"] == "unsupported_content_type"
+    assert "-H 'Content-Type: application/json'" in error["message"]
+
+
+def test_head_and_compression_over_the_wire(address):
+    """uvicorn's part in it: no body after HEAD, so that the connection can be used again; gzip with its length."""
+    urls = [f"{address}{path}" for path in ("/metrics", "/health")]
+    head = subprocess.run(["curl", "-sSI", *urls], capture_output=True, timeout=60, text=True)
+    assert (head.returncode, head.stdout.count("200 OK")) == (0, 2)
+    result = subprocess.run(["curl", "-sSi", "--compressed", urls[0]], capture_output=True, timeout=60, text=True)
+    assert "content-encoding: gzip" in result.stdout
+    assert "finesteer:num_requests_running" in result.stdout
