@@ -13,7 +13,8 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
-from server.api import chat, completions, models, ops, steering, tokenize
+from server.answers.response_store import ResponseStore
+from server.api import chat, completions, models, ops, responses, steering, tokenize
 from server.api.context import REQUEST_ID_HEADER, RequestContext, error_response
 from server.api.documentation import describe
 from server.api.elsewhere import why_not
@@ -28,7 +29,7 @@ from server.prompting.prompter import Prompter
 from server.service import Service
 
 GZIP_FROM_BYTES = 1024
-MODULES = (chat, completions, models, tokenize, steering, ops)
+MODULES = (chat, completions, responses, models, tokenize, steering, ops)
 
 
 def create_app(config: ServerConfig, engine: Engine, prompter: Prompter, metrics: Metrics) -> FastAPI:
@@ -59,7 +60,9 @@ def create_app(config: ServerConfig, engine: Engine, prompter: Prompter, metrics
         lifespan=lifespan,
         redirect_slashes=False,
     )
-    app.state.service = Service(config, engine, prompter, metrics, grammars)
+    app.state.service = Service(
+        config, engine, prompter, metrics, grammars, responses=ResponseStore(max_bytes=config.responses_memory)
+    )
     for module in MODULES:
         app.include_router(module.router)
     describe(app)

@@ -49,6 +49,9 @@ def serve(
     prefix_cache_memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Memory for finished prompts; 0 switches the prefix cache off.")
     ] = None,
+    responses_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory for stored responses, 64MiB unless said; 0 stores none.")
+    ] = None,
     num_threads: Annotated[int | None, typer.Option(help="CPU threads for the model.")] = None,
     compile: Annotated[
         bool,
@@ -108,6 +111,7 @@ def serve(
             max_waiting=max_waiting,
             kv_cache_memory=kv_cache_memory,
             prefix_cache_memory=prefix_cache_memory,
+            responses_memory=responses_memory,
             num_threads=num_threads,
             compile=compile,
             dtype=dtype,

@@ -42,6 +42,7 @@ class ServerConfig:
     max_waiting: int = 1024
     kv_cache_memory: int | None = None
     prefix_cache_memory: int | None = None
+    responses_memory: int | None = None
     num_threads: int | None = None
     compile: bool = False
     dtype: str = "auto"
@@ -95,6 +96,7 @@ class ServerConfig:
         cors_origins: Iterable[str] = (),
         kv_cache_memory: str | None = None,
         prefix_cache_memory: str | None = None,
+        responses_memory: str | None = None,
         environ: Mapping[str, str] | None = None,
         **options: Any,
     ) -> ServerConfig:
@@ -128,6 +130,7 @@ class ServerConfig:
             policy=policy,
             kv_cache_memory=_size("--kv-cache-memory", kv_cache_memory),
             prefix_cache_memory=_size("--prefix-cache-memory", prefix_cache_memory),
+            responses_memory=_size("--responses-memory", responses_memory),
             api_key=api_key or environ.get(API_KEY_VARIABLE) or None,
             cors_origins=tuple(cors_origins),
             **options,

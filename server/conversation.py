@@ -37,6 +37,7 @@ class Conversation:
         continue_final_message: the last message is the assistant's and goes on, instead of a new one's beginning.
         add_generation_prompt: whether the template opens the assistant's turn.
         template_options: further variables for the template.
+        param: the request's field that holds the messages, for messages.
     """
 
     messages: tuple[dict[str, Any], ...]
@@ -45,3 +46,4 @@ class Conversation:
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     template_options: Mapping[str, Any] = field(default_factory=dict)
+    param: str = "messages"

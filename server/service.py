@@ -12,6 +12,7 @@ from functools import cached_property
 
 from server.answers.generation import Generation
 from server.answers.parts import Turn
+from server.answers.response_store import ResponseStore
 from server.config import ServerConfig
 from server.conversation import Conversation
 from server.engine.base import Engine, GenerationRequest, Grammar, SamplingOptions
@@ -28,7 +29,7 @@ from steering.decision import SteeringOptions
 
 @dataclass(frozen=True)
 class Service:
-    """Immutable for the life of the process."""
+    """The same for the life of the process; what changes is what `responses` holds."""
 
     config: ServerConfig
     engine: Engine
@@ -36,6 +37,7 @@ class Service:
     metrics: Metrics
     grammars: GrammarCompiler
     created: int = field(default_factory=lambda: int(time.time()))
+    responses: ResponseStore = field(default_factory=ResponseStore)
 
     @property
     def model(self) -> str:

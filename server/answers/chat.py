@@ -8,6 +8,7 @@ from typing import Any
 from server.answers.extras import prompt_fields
 from server.answers.generation import Generation, TokenNote
 from server.answers.identity import AnswerIdentity, usage
+from server.answers.logprobs import token_logprobs
 from server.answers.parts import Answer, CallArguments, CallBegins, End, Text, Turn
 from server.prompting.vocabulary import Vocabulary
 from server.wire.chat import (
@@ -18,8 +19,6 @@ from server.wire.chat import (
     ChoiceLogprobs,
     ChunkChoice,
     Delta,
-    TokenLogprob,
-    TopLogprob,
 )
 from server.wire.tools import CallDelta, Called, CalledDelta, ToolCall
 
@@ -131,16 +130,4 @@ def _end(part: End, **ids: list[int]) -> ChunkChoice:
 def _logprobs(generation: Generation, notes: Sequence[TokenNote], vocabulary: Vocabulary) -> ChoiceLogprobs | None:
     if generation.request.sampling.logprobs is None:
         return None
-    content = [
-        TokenLogprob(
-            **_token(note.token_id, note.logprobs.logprob, vocabulary),
-            top_logprobs=[TopLogprob(**_token(token_id, value, vocabulary)) for token_id, value in note.logprobs.top],
-        )
-        for note in notes
-    ]
-    return ChoiceLogprobs(content=content, refusal=None)
-
-
-def _token(token_id: int, logprob: float, vocabulary: Vocabulary) -> dict[str, Any]:
-    raw = vocabulary.raw_bytes(token_id)
-    return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, -9999.0), "bytes": list(raw)}
+    return ChoiceLogprobs(content=token_logprobs(notes, vocabulary), refusal=None)

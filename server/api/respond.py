@@ -19,12 +19,14 @@ from server.api.engine_errors import api_error
 from server.engine.base import EngineError
 from server.errors import ApiError, InternalError
 from server.wire.base import ResponseModel
+from server.wire.response_objects import ErrorEvent, Event
 
 APPLIED_HEADER = "X-FineSteer-Applied"
 PROFILES_HEADER = "X-FineSteer-Profiles"
 PING_S = 15.0  # the longest silence on a stream; proxies give up on a connection after a minute or so
 WAITING = b": waiting\n\n"
 Result = TypeVar("Result")
+Framing = Callable[[AsyncIterator[Any]], AsyncIterator[bytes]]
 logger = logging.getLogger("finesteer")
 
 
@@ -64,6 +66,7 @@ async def streamed(
     shutdown_grace_s: float,
     *,
     tell: bool,
+    framed: Framing | None = None,
 ) -> Response:
     """Start the generations, and then stream `chunks`, which must not be asked for before.
 
@@ -84,7 +87,7 @@ async def streamed(
         await close()
         raise
     headers = _steering_headers(generations) if tell and starting.done() else {}
-    return AnswerStream(_after(starting, chunks), close, shutdown_grace_s, headers)
+    return AnswerStream(_after(starting, chunks), close, shutdown_grace_s, headers, framed)
 
 
 async def _within(work: asyncio.Future, patience_s: float) -> None:
@@ -114,10 +117,9 @@ def _steering_headers(generations: Sequence[Generation]) -> dict[str, str]:
 
 
 class AnswerStream(EventSourceResponse):
-    """Chunks as server-sent events, `[DONE]` at the end, and a comment in every `PING_S` of it.
+    """Chunks as server-sent events, written by `framed`, and a comment in every `PING_S` of silence.
 
-    An error in mid-stream becomes an event `{"error": …}` and the end, without `[DONE]`. `close` is awaited however the
-    stream ends, also where the client goes before its first byte.
+    `close` is awaited however the stream ends, also where the client goes before its first byte.
     """
 
     def __init__(
@@ -126,10 +128,11 @@ class AnswerStream(EventSourceResponse):
         close: Callable[[], Awaitable[None]],
         shutdown_grace_s: float,
         headers: Mapping[str, str] | None = None,
+        framed: Framing | None = None,
     ) -> None:
         """`chunks` may hold bytes, which are sent as they are."""
         super().__init__(
-            _events(chunks),
+            (framed or data_events)(chunks),
             ping=PING_S,
             ping_message_factory=lambda: ServerSentEvent(comment="waiting", sep="\n"),
             headers={"Cache-Control": "no-cache", **(headers or {})},
@@ -147,20 +150,43 @@ class AnswerStream(EventSourceResponse):
                 await self._close()
 
 
-async def _events(chunks: AsyncIterator[ResponseModel | bytes]) -> AsyncIterator[bytes]:
+async def data_events(chunks: AsyncIterator[ResponseModel | bytes]) -> AsyncIterator[bytes]:
+    """Nameless events, `[DONE]` at the end. An error in mid-stream becomes an event `{"error": …}` and the end, without it."""
     try:
         async for chunk in chunks:
             yield chunk if isinstance(chunk, bytes) else b"data: " + chunk.to_json().encode() + b"\n\n"
-    except EngineError as error:
-        yield _error_event(api_error(error))
-    except ApiError as error:
-        yield _error_event(error)
-    except Exception:  # the status has gone out, so no handler can tell the client, and a cut connection tells nothing
-        logger.exception("a stream was broken off by a defect")
-        yield _error_event(InternalError("The server made a mistake, and its log has the details."))
+    except Exception as error:
+        yield b"data: " + _told(error).to_json() + b"\n\n"
     else:
         yield b"data: [DONE]\n\n"
 
 
-def _error_event(error: ApiError) -> bytes:
-    return b"data: " + error.to_json() + b"\n\n"
+async def named_events(events: AsyncIterator[Event | bytes]) -> AsyncIterator[bytes]:
+    """Events under their types' names; the last one ends the stream, with no `[DONE]`. An error is an event of its own type."""
+    number = 0
+    try:
+        async for event in events:
+            if isinstance(event, bytes):
+                yield event
+                continue
+            number = event.sequence_number + 1
+            yield _named(event)
+    except Exception as error:
+        told = _told(error)
+        yield _named(
+            ErrorEvent(type="error", sequence_number=number, code=told.code, message=told.message, param=told.param)
+        )
+
+
+def _named(event: Event) -> bytes:
+    return f"event: {event.type}\ndata: {event.to_json()}\n\n".encode()
+
+
+def _told(error: Exception) -> ApiError:
+    """What a client hears of an error once the status has gone out: no handler can tell it, a cut connection would not."""
+    if isinstance(error, EngineError):
+        return api_error(error)
+    if isinstance(error, ApiError):
+        return error
+    logger.error("a stream was broken off by a defect", exc_info=error)
+    return InternalError("The server made a mistake, and its log has the details.")

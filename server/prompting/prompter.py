@@ -54,9 +54,9 @@ class Prompter:
         """Token ids of a conversation up to where the assistant speaks. Raises InvalidRequestError."""
         if not self.has_chat_template:
             raise InvalidRequestError(
-                "messages: this model has no chat template, so there is no right way to write a conversation for it. "
-                "Use /v1/completions, or start the server with --chat-template FILE.",
-                param="messages",
+                f"{conversation.param}: this model has no chat template, so there is no right way to write a conversation "
+                "for it. Use /v1/completions, or start the server with --chat-template FILE.",
+                param=conversation.param,
                 code="no_chat_template",
             )
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._render, conversation)
@@ -91,8 +91,8 @@ class Prompter:
             )
         except TEMPLATE_FAILURES as error:
             raise InvalidRequestError(
-                f"messages: the model's chat template refuses them: {error}.",
-                param="messages",
+                f"{conversation.param}: the model's chat template refuses them: {error}.",
+                param=conversation.param,
                 code="chat_template_refused",
             ) from error
         return self._encode(text, False)  # the template has written the special tokens

@@ -33,9 +33,11 @@ class ToolUse:
         choice: whether it may call, or must.
         callable: the names that it may call; one of them for a named choice.
         parallel: whether it may call more than once in an answer.
+        schema_param: the request's field that holds the schema of tool number {}, for messages.
     """
 
     tools: tuple[Tool, ...]
     choice: Literal["auto", "required"]
     callable: frozenset[str]
     parallel: bool = True
+    schema_param: str = "tools[{}].function.parameters"

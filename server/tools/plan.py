@@ -51,7 +51,7 @@ async def plan_answer(conversation: Conversation, form: ToolFormat | None, compi
             tool.parameters,
             strict=tool.strict,
             what=f"the schema of {tool.name!r}",
-            param=f"tools[{number}].function.parameters",
+            param=use.schema_param.format(number),
         )
         for number, tool in enumerate(use.tools)
         if tool.name in names

@@ -62,3 +62,8 @@ def absent() -> Any:
 def inconsistent(field: str, sentence: str) -> PydanticCustomError:
     """The error of a model validator, laid at the door of one field of that model."""
     return PydanticCustomError("inconsistent", sentence, {"field": field})  # type: ignore[arg-type]
+
+
+def unsupported(field: str, sentence: str) -> PydanticCustomError:
+    """As `inconsistent`, for a value that OpenAI knows and this server does not act on."""
+    return PydanticCustomError("unsupported", sentence, {"field": field})  # type: ignore[arg-type]

@@ -11,13 +11,21 @@ from typing import Any
 from server.wire.base import RequestModel
 from server.wire.chat import ChatCompletionRequest, ScoreRequest
 from server.wire.completions import CompletionRequest
+from server.wire.responses import ResponsesRequest
 from server.wire.tokenize import DetokenizeRequest, TokenizeRequest
 
 PAGE = Path(__file__).parents[1] / "api" / "README.md"
 COMMAND = "python -m server.wire.fields"
 MODELS: Mapping[str, type[RequestModel]] = {
     model.__name__: model
-    for model in (ChatCompletionRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest, ScoreRequest)
+    for model in (
+        ChatCompletionRequest,
+        CompletionRequest,
+        ResponsesRequest,
+        TokenizeRequest,
+        DetokenizeRequest,
+        ScoreRequest,
+    )
 }
 TABLE = re.compile(r"<!-- fields of (\w+) -->\n(?:\|.*\n)*<!-- end -->")
 

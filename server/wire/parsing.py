@@ -23,7 +23,11 @@ def parse_body(model: type[Model], raw: bytes) -> Model:
 
     Raises InvalidRequestError: its `param` is the first field at fault, its message lists up to `MAX_PROBLEMS`.
     """
-    body = merge_extra_body(_json_object(raw))
+    return parse_fields(model, merge_extra_body(_json_object(raw)))
+
+
+def parse_fields(model: type[Model], body: Mapping[str, Any]) -> Model:
+    """`parse_body` for what is parsed already: a query string's fields, say."""
     found = (problem for key, value in body.items() if (problem := _field_problem(model, key, value)) is not None)
     problems = list(itertools.islice(found, MAX_PROBLEMS))  # a body may hold a million of them
     kept = {key: value for key, value in body.items() if key in model.model_fields}
@@ -111,16 +115,18 @@ def _suggestion(model: type[RequestModel], key: str) -> str:
 
 
 def _validation_problem(item: Mapping[str, Any]) -> Problem:
-    at_fault = (item["ctx"]["field"],) if item["type"] == "inconsistent" else ()
-    param = field_path(item["loc"] + at_fault)
-    code = "unknown_parameter" if item["type"] == "extra_forbidden" else None
+    at_fault = (item.get("ctx") or {}).get("field") if item["type"] in ("inconsistent", "unsupported") else None
+    param = field_path(item["loc"] + (() if at_fault is None else (at_fault,)))
+    code = {"extra_forbidden": "unknown_parameter", "unsupported": "unsupported_parameter"}.get(item["type"])
     return param or None, f"{param}: {_sentence(item)}" if param else _sentence(item), code
 
 
 def field_path(loc: tuple[str | int, ...]) -> str:
-    """`("messages", 0, "role")` → `messages[0].role`."""
+    """`("messages", 0, "role")` → `messages[0].role`. A union's member, named in angle brackets, is no part of the path."""
     path = ""
     for part in loc:
+        if isinstance(part, str) and part.startswith("<"):
+            continue
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
     return path
 

@@ -62,12 +62,18 @@ Mode = Literal["none", "auto", "required"]
 ToolChoice = Mode | Annotated[NamedFunction | AllowedToolsChoice, Field(discriminator="type")]
 
 
-def tool_use(tools: Sequence[Tool], choice: Mode, named: Sequence[str] | None, parallel: bool) -> ToolUse | None:
+def tool_use(
+    tools: Sequence[Tool],
+    choice: Mode,
+    named: Sequence[str] | None,
+    parallel: bool,
+    schema_param: str = ToolUse.schema_param,
+) -> ToolUse | None:
     """What the server makes of tools and choice; `named`: the callable ones, None for all. None: no tools at hand."""
     if not tools or choice == "none":
         return None
     callable_names = frozenset(tool.name for tool in tools) if named is None else frozenset(named)
-    return ToolUse(tuple(tools), choice, callable_names, parallel)
+    return ToolUse(tuple(tools), choice, callable_names, parallel, schema_param)
 
 
 def check_tools(names: Sequence[str], named: Sequence[str] | None, choice: Mode) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import openai.types.responses
 import pytest
 import uvicorn
 from fastapi import FastAPI
@@ -23,7 +24,7 @@ from hypothesis import HealthCheck, Phase, settings
 from server.api.documentation import describe
 from server.app import MODULES
 from server.listen import address_of, listen
-from tests import openai_schema
+from tests import openai_schema, openai_types
 from tests.serving import Artifacts, serving
 
 schemathesis = pytest.importorskip("schemathesis", reason="the development extra is not installed")
@@ -89,12 +90,14 @@ def before_call(context, case, kwargs) -> None:
     if case.path_parameters and chance.random() < 0.5:
         case.path_parameters = {name: {"model": "tiny"}.get(name, "safety") for name in case.path_parameters}
     body = case.body
-    if not isinstance(body, dict) or ("messages" not in body and "prompt" not in body):
+    if not isinstance(body, dict) or not {"messages", "prompt", "input"} & set(body):
         return
     if isinstance(body.get("model"), str) and chance.random() < 0.9:
         body["model"] = chance.choice(["tiny", "tiny:tone", "tiny:unsteered"])
     if isinstance(body.get("n"), int) and body["n"] > 3:
         body["n"] = chance.choice([3, 100])
+    if "input" in body:
+        body["max_output_tokens"] = TOKENS
     limit = body.get("max_tokens")
     if case.path.endswith("completions") and (limit is None or (isinstance(limit, int) and limit > TOKENS)):
         body["max_tokens"] = TOKENS
@@ -108,7 +111,8 @@ def before_call(context, case, kwargs) -> None:
 def events_of(context, response) -> list[Any]:
     """Each of them is held against the schema by itself; the end mark is no event."""
     events = [line.removeprefix("data: ") for line in response.text.split("\n") if line.startswith("data: ")]
-    assert events.pop() == "[DONE]"
+    if not response.text.startswith("event: "):  # Responses end with an event of their own
+        assert events.pop() == "[DONE]"
     return [json.loads(event) for event in events]
 
 
@@ -127,7 +131,13 @@ def test_every_operation(case, address) -> None:
     response = case.call_and_validate(base_url=address)
     kind = response.headers.get("content-type", [""])[0].partition(";")[0]
     seen.add((case.operation.label, response.status_code, kind))
-    if response.status_code == 200 and kind == "text/event-stream":
+    if response.status_code == 200 and case.path == "/v1/responses":
+        if kind == "text/event-stream":
+            for event in events_of(None, response):
+                openai_types.valid_event(event)
+        else:
+            openai_types.valid(openai.types.responses.Response, response.json())
+    elif response.status_code == 200 and kind == "text/event-stream":
         name = "ChatCompletionChunk" if "chat" in case.path else "Completion"
         openai_schema.stream_conforms(name, response.text, case.body)
     elif response.status_code >= 400:

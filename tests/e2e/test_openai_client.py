@@ -132,8 +132,6 @@ def test_errors_are_the_clients_own(client):
         client.chat.completions.create(messages=turn("x"), modalities=["text", "audio"], **GREEDY)
     with pytest.raises(openai.NotFoundError, match="no embeddings"):
         client.embeddings.create(model="tiny", input="x")
-    with pytest.raises(openai.NotFoundError):
-        client.responses.create(model="tiny", input="x")
 
 
 def test_the_curl_that_the_terminal_shows(log, address):
