@@ -98,6 +98,11 @@ def before_call(context, case, kwargs) -> None:
         body["n"] = chance.choice([3, 100])
     if "input" in body:
         body["max_output_tokens"] = TOKENS
+        if chance.random() < 0.9:
+            body.pop("previous_response_id", None)  # there is none such
+            body.pop("tool_choice", None)  # it must name a tool that is there
+        if isinstance(body.get("stream"), bool | None):
+            body["stream"] = chance.choice([True, False])
     limit = body.get("max_tokens")
     if case.path.endswith("completions") and (limit is None or (isinstance(limit, int) and limit > TOKENS)):
         body["max_tokens"] = TOKENS
@@ -151,6 +156,7 @@ def test_the_fuzzing_got_somewhere() -> None:
     completions = {item[1:] for item in seen if item[0].endswith("completions")}
     assert completions >= {(200, "application/json"), (200, "text/event-stream")}
     assert completions >= {(status, "application/json") for status in (400, 405, 415)}
+    assert {item[1] for item in seen if item[0] == "POST /v1/responses"} >= {200, 400}
     for label in ("GET /v1/models/{model}", "GET /v1/steering/profiles/{name}", "POST /v1/steering/score"):
         assert (label, 200, "application/json") in seen
 
