@@ -246,7 +246,7 @@ def response_usage(turn: Turn) -> ResponseUsage:
     generation = turn.generation
     return ResponseUsage(
         input_tokens=generation.prompt_tokens,
-        input_tokens_details=InputTokensDetails(cached_tokens=0, cache_write_tokens=0),
+        input_tokens_details=InputTokensDetails(cached_tokens=generation.cached_tokens, cache_write_tokens=0),
         output_tokens=generation.completion_tokens,
         output_tokens_details=OutputTokensDetails(reasoning_tokens=0),
         total_tokens=generation.prompt_tokens + generation.completion_tokens,
