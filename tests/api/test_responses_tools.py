@@ -111,7 +111,7 @@ async def test_the_loop_of_calls_and_outputs(served):
     second = await created(served, [output], previous_response_id=first["id"], **final)
     spelt = await created(served, [user, *first["output"], output], **final)
     assert second["output"][0]["content"] == spelt["output"][0]["content"]
-    assert second["usage"] == spelt["usage"]
+    assert second["usage"]["total_tokens"] == spelt["usage"]["total_tokens"]
     unanswered = await respond(served, "And?", previous_response_id=first["id"])
     assert error_of(unanswered) == (400, "input", None)
     assert f"No tool output found for function call {call['call_id']}." in unanswered.json()["error"]["message"]
