@@ -49,7 +49,10 @@ Content = Annotated[
 
 
 class ChatMessage(RequestModel):
-    """One turn. The fields that a client gets back with an answer and may send again are accepted while they are empty."""
+    """One turn. The fields that a client gets back with an answer and may send again are accepted while they are empty.
+
+    `parsed` is what the official clients' own helpers add to an answer; they send it back with the conversation.
+    """
 
     role: Role
     content: Content = None
@@ -58,6 +61,7 @@ class ChatMessage(RequestModel):
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
     audio: None = None
     function_call: None = None
+    parsed: Any = None
     tool_calls: Annotated[list[PastToolCall], Field(max_length=MAX_TOOLS)] | None = None
     tool_call_id: str | None = None
 

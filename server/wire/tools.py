@@ -119,16 +119,20 @@ class ToolFields(RequestModel):
 
 
 class CalledFunction(RequestModel):
+    """`parsed_arguments`: what the official clients' helpers add, and send back; the text is what counts."""
+
     name: str
     arguments: str
+    parsed_arguments: Any = None
 
 
 class PastToolCall(RequestModel):
-    """A call that the assistant made earlier, as it comes back with the conversation."""
+    """A call that the assistant made earlier, as it comes back with the conversation. `index`: its place in a stream."""
 
     id: str
     type: Literal["function"]
     function: CalledFunction
+    index: int | None = None
 
     @model_validator(mode="after")
     def _arguments_are_an_object(self) -> PastToolCall:
