@@ -1,10 +1,13 @@
 # Two commands do everything: `make serve` and `make test`. Both make .venv first; PYTHON chooses the interpreter.
+# `make test-clients` drives the server by the client packages themselves: see tests/clients/README.md.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
+CLIENTS := tests/clients
+CLIENTS_VENV ?= .venv-clients
 
-.PHONY: serve test lint install clean
+.PHONY: serve test test-clients lint install clean
 
 serve: install
 	$(BIN)/finesteer serve $(ARGS)
@@ -13,6 +16,11 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pytest $(ARGS)
+
+# With FINESTEER_SERVER_PYTHON set, that interpreter runs the server, and .venv is not made.
+test-clients: $(if $(FINESTEER_SERVER_PYTHON),,install) $(CLIENTS_VENV)/installed $(CLIENTS)/node/node_modules/.package-lock.json
+	FINESTEER_SERVER_PYTHON=$(or $(FINESTEER_SERVER_PYTHON),$(abspath $(BIN)/python)) \
+	  $(CLIENTS_VENV)/bin/python -m pytest -c $(CLIENTS)/pytest.ini $(CLIENTS) $(ARGS)
 
 install: $(VENV)/installed
 
@@ -23,5 +31,14 @@ $(VENV)/installed: pyproject.toml constraints.txt docker/install-torch.sh
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+$(CLIENTS_VENV)/installed: $(CLIENTS)/requirements.lock
+	$(PYTHON) -m venv --clear $(CLIENTS_VENV)
+	$(CLIENTS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile -r $(CLIENTS)/requirements.lock
+	touch $@
+
+# Without npm the tests of the Node clients are skipped, and say so.
+$(CLIENTS)/node/node_modules/.package-lock.json: $(CLIENTS)/node/package-lock.json
+	if command -v npm; then cd $(CLIENTS)/node && npm ci --silent --no-audit --no-fund && touch node_modules/.package-lock.json; fi
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(CLIENTS_VENV) $(CLIENTS)/node/node_modules build *.egg-info
