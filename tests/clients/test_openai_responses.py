@@ -11,6 +11,7 @@ import pytest
 from tests.clients.asked import ADA, HARMFUL, HARMLESS, WEATHER_IN_RESPONSES, Person, Pick, get_weather
 
 GREEDY = {"model": "demo", "temperature": 0, "max_output_tokens": 24}
+ROOMY = GREEDY | {"max_output_tokens": 200}
 FORCED = {"model": "demo", "input": HARMFUL, "tools": [WEATHER_IN_RESPONSES], "tool_choice": "required"}
 
 
@@ -51,7 +52,8 @@ def test_the_events_of_a_text(client: openai.OpenAI) -> None:
 
 
 def test_the_stream_helper(client: openai.OpenAI) -> None:
-    with client.responses.stream(input=HARMLESS, **GREEDY) as stream:
+    """It insists on `response.completed`, so the answer must come to its own end."""
+    with client.responses.stream(input=HARMFUL, **ROOMY) as stream:
         text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
         assert stream.get_final_response().output_text == text
 
@@ -64,7 +66,7 @@ def test_a_response_that_is_cut_says_so(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("question", [HARMFUL, HARMLESS])
 def test_parse_holds_for_any_model(client: openai.OpenAI, question: str) -> None:
-    response = client.responses.parse(input=question, text_format=Pick, **GREEDY)
+    response = client.responses.parse(input=question, text_format=Pick, **ROOMY)
     assert isinstance(response.output_parsed, Pick)
     assert response.steering["applied"] is (question == HARMFUL)
 
