@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.clients.asked import HARMFUL
 from tests.clients.servers import Server
 
 langchain_openai = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed")
@@ -85,6 +86,20 @@ class TestChatCompletions(Suite):
 
 class TestResponses(Suite):
     params = {"use_responses_api": True, "max_tokens": 200}  # noqa: RUF012
+
+
+def test_steering_by_field_by_header_and_by_name(demo: Server) -> None:
+    """Three ways to the plain model from a client that knows nothing of steering."""
+    common = {"base_url": demo.url, "api_key": "unused", "temperature": 0, "max_tokens": 16, "max_retries": 0}
+    ways = [
+        {"model": "demo"},
+        {"model": "demo:unsteered"},
+        {"model": "demo", "extra_body": {"steer_strength": 0}},
+        {"model": "demo", "default_headers": {"X-FineSteer-Strength": "0"}},
+    ]
+    steered, *plain = [langchain_openai.ChatOpenAI(**common, **way).invoke(HARMFUL).text for way in ways]
+    assert len(set(plain)) == 1
+    assert steered not in plain
 
 
 def test_the_suite_would_see_a_wrong_answer(scripted: Server) -> None:

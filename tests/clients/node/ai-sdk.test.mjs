@@ -126,3 +126,21 @@ test("text completions: compatible", async () => {
   const { text } = await generateText({ model, prompt: "The cat", maxOutputTokens: 5, maxRetries: 0 });
   assert.ok(text);
 });
+
+test("steering by option, by header and by name", async () => {
+  const fields = { prompt: HARMFUL, temperature: 0, maxOutputTokens: 16, maxRetries: 0 };
+  const provider = compatible(DEMO_URL);
+  const answers = await Promise.all([
+    generateText({ ...fields, model: provider.chatModel("demo") }),
+    generateText({ ...fields, model: provider.chatModel("demo:unsteered") }),
+    generateText({
+      ...fields,
+      model: provider.chatModel("demo"),
+      providerOptions: { finesteer: { steer_strength: 0 } },
+    }),
+    generateText({ ...fields, model: provider.chatModel("demo"), headers: { "X-FineSteer-Strength": "0" } }),
+  ]);
+  const [steered, ...plain] = answers.map((answer) => answer.text);
+  assert.equal(new Set(plain).size, 1);
+  assert.notEqual(steered, plain[0]);
+});
