@@ -54,6 +54,7 @@ def _tool_results(prompt: Prompt) -> str:
 JOKE = {"setup": "Why do cats type badly?", "punchline": "They paw at the keys."}
 ADA = {"name": "Ada", "age": 36}
 PARIS, OSLO = {"city": "Paris"}, {"city": "Oslo"}
+NO_TOOL = "I cannot know the weather."
 GREETING = "Hello there, friend. I hope that you are well."
 
 SCRIPT = (
@@ -68,8 +69,11 @@ SCRIPT = (
     Line(r"你好啊集团", (call("unicode_customer", {"customer_name": "你好啊集团", "description": "技术公司 🙂"}),)),
     Line(r"こんにちは株式会社", (call("unicode_customer", {"customer_name": "こんにちは株式会社", "description": "会社"}),)),
     # this suite's own
-    Line(r"weather in Paris and Oslo", (call("get_weather", PARIS) + "\n" + call("get_weather", OSLO),)),
-    Line(r"weather in Paris", (call("get_weather", PARIS), "I cannot know the weather.")),
+    Line(
+        r"weather in Paris and Oslo",
+        (call("get_weather", PARIS) + "\n" + call("get_weather", OSLO), call("get_weather", PARIS), NO_TOOL),
+    ),
+    Line(r"weather in Paris", (call("get_weather", PARIS), NO_TOOL)),
     Line(r"Who is Ada", (json.dumps(ADA), *(call(name, ADA) for name in ("Person", "PartialPerson", "final_result")))),
     Line(r"What were you told\?", (lambda prompt: f"I was told: {prompt.system}",)),
     Line(r"What did I say first\?", (lambda prompt: f"You said: {prompt.users[0]}",)),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import openai
 import pytest
+from pydantic import BaseModel
 
 from tests.clients.asked import ADA, HARMFUL, HARMLESS, Person, Pick, said
 from tests.clients.servers import Server
@@ -48,6 +50,19 @@ def test_in_stream(clever: openai.OpenAI) -> None:
     )
     assert (states[-1].name, states[-1].age) == ("Ada", 36)
     assert len(states) > 2
+
+
+def test_several_at_once(clever: openai.OpenAI) -> None:
+    class get_weather(BaseModel):
+        city: str
+
+    found = patched(clever, "PARALLEL_TOOLS").chat.completions.create(
+        model="scripted",
+        messages=said("What is the weather in Paris and Oslo?"),
+        response_model=Iterable[get_weather],
+        max_retries=0,
+    )
+    assert [item.city for item in found] == ["Paris", "Oslo"]
 
 
 async def test_async(demo: Server) -> None:

@@ -102,6 +102,27 @@ def test_steering_by_field_by_header_and_by_name(demo: Server) -> None:
     assert steered not in plain
 
 
+def test_a_conversation_is_remembered_by_the_server(scripted: Server) -> None:
+    model = langchain_openai.ChatOpenAI(
+        model=scripted.model,
+        base_url=scripted.url,
+        api_key="unused",
+        max_retries=0,
+        use_responses_api=True,
+        use_previous_response_id=True,
+    )
+    first = ("user", "Hello, I am Ada.")
+    answer = model.invoke([first])
+    assert model.invoke([first, answer, ("user", "What did I say first?")]).text == "You said: Hello, I am Ada."
+
+
+def test_text_completions(demo: Server) -> None:
+    common = {"base_url": demo.url, "api_key": "unused", "temperature": 0, "max_tokens": 8, "max_retries": 0}
+    model = langchain_openai.OpenAI(model=demo.model, **common)
+    whole = model.invoke("The cat")
+    assert whole and "".join(model.stream("The cat")) == whole
+
+
 def test_the_suite_would_see_a_wrong_answer(scripted: Server) -> None:
     """The negative control: the same check against a question that the script answers with other arguments."""
     model = langchain_openai.ChatOpenAI(model=scripted.model, base_url=scripted.url, api_key="unused", max_retries=0)

@@ -53,6 +53,26 @@ def test_none_keeps_a_model_from_calling(clever: openai.OpenAI) -> None:
     assert answer.choices[0].message.content
 
 
+def test_one_call_at_a_time(clever: openai.OpenAI) -> None:
+    """The model wants to call twice; the grammar lets it call once."""
+    question = said("What is the weather in Paris and Oslo?")
+    answer = clever.chat.completions.create(messages=question, parallel_tool_calls=False, **ASKED)
+    [call] = answer.choices[0].message.tool_calls
+    assert json.loads(call.function.arguments) == {"city": "Paris"}
+
+
+def test_calls_of_several_answers_in_one_stream(clever: openai.OpenAI) -> None:
+    question = said("What is the weather in Paris and Oslo?")
+    found: dict[tuple[int, int], str] = {}
+    for chunk in clever.chat.completions.create(messages=question, n=2, stream=True, **ASKED):
+        for choice in chunk.choices:
+            for call in choice.delta.tool_calls or ():
+                key = choice.index, call.index
+                found[key] = found.get(key, "") + call.function.arguments
+    cities = {key: json.loads(arguments)["city"] for key, arguments in found.items()}
+    assert cities == {(i, call): city for i in (0, 1) for call, city in enumerate(("Paris", "Oslo"))}
+
+
 def test_the_stream_helper_parses_arguments(client: openai.OpenAI) -> None:
     class Choose(BaseModel):
         yes: bool
