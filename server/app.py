@@ -17,7 +17,7 @@ from server.answers.response_store import ResponseStore
 from server.api import chat, completions, models, ops, responses, steering, tokenize
 from server.api.context import REQUEST_ID_HEADER, RequestContext, error_response
 from server.api.documentation import describe
-from server.api.elsewhere import why_not
+from server.api.elsewhere import OPERATIONS, why_not
 from server.api.engine_errors import api_error
 from server.api.respond import APPLIED_HEADER, PROFILES_HEADER
 from server.config import ServerConfig
@@ -107,6 +107,10 @@ async def _on_http_exception(request: Request, error: HTTPException) -> Response
             reason = why_not(path)
             said = "no such path" if reason is None else f"not an endpoint of this server: {reason}"
             answer: ApiError = UnknownPathError(f"{where}: {said}. /docs lists what there is.")
+        case 405 if path in OPERATIONS:  # a name that a route takes for an id
+            answer = UnknownPathError(
+                f"{where}: not an endpoint of this server: {why_not(path)}. /docs lists what there is."
+            )
         case 405:
             headers["Allow"] = _methods(request)
             if request.method == "OPTIONS":

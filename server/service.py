@@ -164,7 +164,7 @@ class Service:
             prompt_logprobs=prompt_logprobs,
             priority=priority,
         )
-        return Turn(self.generation(request, fields.stop, plan.markers), plan.new_parser, plan.new_call_id)
+        return Turn(self.generation(request, fields.stop, plan.markers), plan.new_parser, plan.new_call_id, plan.called)
 
     def generation(
         self, request: GenerationRequest, stops: Sequence[str], markers: Sequence[str] = (), **options: bool

@@ -116,6 +116,29 @@ def _whole_stream(name: str, chunks: list[dict], asked: dict[str, Any]) -> None:
             assert ["role" in part["delta"] for part in parts] == [True] + [False] * (len(parts) - 1)
 
 
+def response_conforms(answer: dict) -> None:
+    """Assert that `answer` is a `Response`, our `steering` apart."""
+    conforms("Response", answer)
+
+
+def response_stream_conforms(text: str) -> None:
+    """Assert that a stream of the Responses API holds known events under their names, numbered, and no `[DONE]`."""
+    events = []
+    for block in text.strip().split("\n\n"):
+        if block.startswith(":"):
+            continue
+        name, data = block.split("\n")
+        event = json.loads(data.removeprefix("data: "))
+        assert name == f"event: {event['type']}"
+        events.append(event)
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    for event in events:
+        if "response" in event:
+            response_conforms(event["response"])
+            event = event | {"response": _without(event["response"], STEERING)}
+        conforms("ResponseStreamEvent", event)
+
+
 def answer_conforms(method: str, path: str, asked: dict[str, Any], response: httpx.Response) -> None:
     """Assert that an answer is what OpenAI's would be, by its path and kind; paths that are ours alone pass."""
     if response.status_code >= 400 and response.status_code != 499 and method not in ("HEAD", "OPTIONS"):
@@ -127,6 +150,11 @@ def answer_conforms(method: str, path: str, asked: dict[str, Any], response: htt
             stream_conforms("ChatCompletionChunk" if name == "ChatCompletion" else name, response.text, asked)
         else:
             conforms(name, response.json(), asked)
+    elif response.status_code == 200 and path.startswith("/v1/responses") and method != "DELETE":
+        if response.headers["content-type"].startswith("text/event-stream"):
+            response_stream_conforms(response.text)
+        elif not path.endswith("/input_items"):
+            response_conforms(response.json())
     elif response.status_code == 200 and method == "GET" and path.startswith("/v1/models"):
         answer = response.json()
         if path == "/v1/models":

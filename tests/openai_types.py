@@ -8,7 +8,10 @@ import openai
 from openai.types.responses import ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
 
-OURS = {"Response": {"steering"}}  # the wire extension
+EXTRAS = {
+    "Response": {"steering"},  # the wire extension
+    "ResponseFunctionCallArgumentsDoneEvent": {"name"},  # OpenAI's specification and its Node types have it
+}
 
 
 def valid(kind: Any, sent: Any) -> Any:
@@ -31,7 +34,7 @@ def _nothing_unknown(value: Any, path: str) -> None:
             _nothing_unknown(item, f"{path}[{i}]")
     elif isinstance(value, BaseModel):
         assert isinstance(value, openai.BaseModel)
-        unknown = set(value.model_extra or {}) - OURS.get(type(value).__name__, set())
+        unknown = set(value.model_extra or {}) - EXTRAS.get(type(value).__name__, set())
         assert not unknown, f"{path}: {type(value).__name__} has no {sorted(unknown)}"
         for name in value.model_fields_set & set(type(value).model_fields):
             _nothing_unknown(getattr(value, name), f"{path}.{name}")

@@ -71,11 +71,13 @@ class Turn:
     Attributes:
         new_parser: for each completion; None where no tools are at hand.
         new_call_id: makes the id of a call.
+        called: the finish reason of a completion that called and then ended by itself.
     """
 
     generation: Generation
     new_parser: Callable[[], CallParser] | None = None
     new_call_id: Callable[[], str] = str
+    called: PartFinish = "tool_calls"
 
     async def parts(self) -> AsyncIterator[Part]:
         """Of a generation that has been started: its completions' parts, interleaved, each completion ending with `End`."""
@@ -86,7 +88,9 @@ class Turn:
                 if delta.finish_reason is not None:
                     yield End(delta.index, delta.finish_reason)
             return
-        readers = [_Reader(i, self.new_parser(), self.new_call_id) for i in range(self.generation.request.n)]
+        readers = [
+            _Reader(i, self.new_parser(), self.new_call_id, self.called) for i in range(self.generation.request.n)
+        ]
         async for delta in self.generation.deltas():
             for part in readers[delta.index].read(delta):
                 yield part
@@ -95,10 +99,11 @@ class Turn:
 class _Reader:
     """Makes parts of one completion's deltas."""
 
-    def __init__(self, index: int, parser: CallParser, new_call_id: Callable[[], str]) -> None:
+    def __init__(self, index: int, parser: CallParser, new_call_id: Callable[[], str], called: PartFinish) -> None:
         self._index = index
         self._parser = parser
         self._new_call_id = new_call_id
+        self._called = called
         self._num_calls = 0
         self._notes: list[TokenNote] = []
 
@@ -118,7 +123,7 @@ class _Reader:
             self._notes = []
         if delta.finish_reason is not None:
             called = self._num_calls > 0 and delta.finish_reason == "stop"
-            yield End(self._index, "tool_calls" if called else delta.finish_reason)
+            yield End(self._index, self._called if called else delta.finish_reason)
 
 
 @dataclass

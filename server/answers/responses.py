@@ -151,7 +151,10 @@ class ResponseWriter:
             case _OpenCall() as call:
                 events = [
                     self._place(
-                        ArgumentsDone, type="response.function_call_arguments.done", arguments="".join(call.arguments)
+                        ArgumentsDone,
+                        type="response.function_call_arguments.done",
+                        name=call.name,
+                        arguments="".join(call.arguments),
                     )
                 ]
         item = self._open.item(status)
@@ -168,7 +171,7 @@ class ResponseWriter:
             error=error,
             incomplete_details=IncompleteDetails(reason="max_output_tokens") if status == "incomplete" else None,
             output=list(self._done),
-            usage=usage,
+            **({} if usage is None else {"usage": usage}),
         )
 
     def _event(self, kind: type[Event], **fields: Any) -> Event:

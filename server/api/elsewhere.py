@@ -39,6 +39,10 @@ _ELSEWHERE = {
 }
 
 
+# Where OpenAI has an operation and this server an id.
+OPERATIONS = ("/v1/responses/input_tokens", "/v1/responses/compact")
+
+
 def why_not(path: str) -> str | None:
     """Why an unknown path of OpenAI's has nothing behind it; None for a path that is not OpenAI's either.
 

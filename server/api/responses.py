@@ -165,7 +165,6 @@ def _fields(answer: AnswerIdentity, body: ResponsesRequest, turn: Turn) -> dict[
         "background": False,
         "instructions": body.instructions,
         "max_output_tokens": body.max_output_tokens,
-        "max_tool_calls": body.max_tool_calls,
         "metadata": body.metadata or {},
         "model": answer.model,
         "parallel_tool_calls": body.parallel_tool_calls is not False,
@@ -182,7 +181,7 @@ def _fields(answer: AnswerIdentity, body: ResponsesRequest, turn: Turn) -> dict[
         "top_logprobs": body.top_logprobs or 0,
         "top_p": turn.generation.request.sampling.top_p,
         "truncation": "disabled",
-        "user": body.user,
+        **({} if body.user is None else {"user": body.user}),
         **answer.steering([turn.generation]),
     }
 

@@ -33,6 +33,7 @@ class ToolUse:
         choice: whether it may call, or must.
         callable: the names that it may call; one of them for a named choice.
         parallel: whether it may call more than once in an answer.
+        named: whether the client named the function to call.
         schema_param: the request's field that holds the schema of tool number {}, for messages.
     """
 
@@ -40,4 +41,5 @@ class ToolUse:
     choice: Literal["auto", "required"]
     callable: frozenset[str]
     parallel: bool = True
+    named: bool = False
     schema_param: str = "tools[{}].function.parameters"

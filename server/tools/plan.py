@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from server.conversation import Conversation
 from server.engine.base import Grammar
@@ -16,12 +17,19 @@ from server.tools.parsers import Parser
 
 @dataclass(frozen=True)
 class AnswerPlan:
-    """How an answer is made and read. `markers`: special tokens whose text must be seen; `new_call_id`: makes a call's id."""
+    """How an answer is made and read.
+
+    Attributes:
+        markers: special tokens whose text must be seen.
+        new_call_id: makes a call's id.
+        called: the finish reason of an answer that calls; of one that calls the function that the client named, "stop".
+    """
 
     grammar: Grammar | None = None
     new_parser: Callable[[], Parser] | None = None
     markers: tuple[str, ...] = ()
     new_call_id: Callable[[], str] = str
+    called: Literal["stop", "tool_calls"] = "tool_calls"
 
 
 async def plan_answer(conversation: Conversation, form: ToolFormat | None, compiler: GrammarCompiler) -> AnswerPlan:
@@ -43,7 +51,8 @@ async def plan_answer(conversation: Conversation, form: ToolFormat | None, compi
             code="unsupported_parameter",
         )
     names = use.callable
-    plan = AnswerPlan(None, lambda: form.parser(names), form.markers, form.new_id)
+    called: Literal["stop", "tool_calls"] = "stop" if use.named else "tool_calls"
+    plan = AnswerPlan(None, lambda: form.parser(names), form.markers, form.new_id, called)
     if not needs_grammar(use, free_text=wanted.type == "text"):
         return plan
     arguments = {
@@ -59,4 +68,4 @@ async def plan_answer(conversation: Conversation, form: ToolFormat | None, compi
     answer = None if wanted.type == "text" else await compiler.embeddable_format(wanted)
     text = tool_grammar(form, use, arguments, answer)
     grammar = await compiler.lark(text, what="the grammar of these tools", param="tools")
-    return AnswerPlan(grammar, plan.new_parser, plan.markers, plan.new_call_id)
+    return replace(plan, grammar=grammar)

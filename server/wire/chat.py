@@ -22,7 +22,7 @@ Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
 def _text(content: Any) -> Any:
-    """A string, or a list of text parts, which are joined by newlines. Other kinds of part are refused by their type."""
+    """A string, or a list of text and refusal parts, joined by newlines. Other kinds of part are refused by their type."""
     if isinstance(content, str) or content is None:
         return content
     if not isinstance(content, list):
@@ -31,13 +31,14 @@ def _text(content: Any) -> Any:
     for i, part in enumerate(content):
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
             raise PydanticCustomError("content", f"part {i} must be an object with a type, not {shown(part)}")
-        if part["type"] != "text":
+        kind = part["type"]
+        if kind not in ("text", "refusal"):
             raise PydanticCustomError(
-                "content", f"part {i} has type {shown(part['type'])}; this server reads text parts only"
+                "unsupported", f"part {i} has type {shown(kind)}; this server reads text parts only"
             )
-        if not isinstance(part.get("text"), str):
-            raise PydanticCustomError("content", f"part {i} must hold a string in text")
-        texts.append(part["text"])
+        if not isinstance(part.get(kind), str):
+            raise PydanticCustomError("content", f"part {i} must hold a string in {kind}")
+        texts.append(part[kind])
     return "\n".join(texts)
 
 

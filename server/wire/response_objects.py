@@ -86,7 +86,6 @@ class ResponseObject(ResponseModel):
     incomplete_details: IncompleteDetails | None
     instructions: str | None
     max_output_tokens: int | None
-    max_tool_calls: int | None
     metadata: dict[str, str]
     model: str
     output: list[OutputItem]
@@ -104,8 +103,8 @@ class ResponseObject(ResponseModel):
     top_logprobs: int
     top_p: float
     truncation: Literal["disabled"]
-    usage: ResponseUsage | None
-    user: str | None
+    usage: ResponseUsage = absent()
+    user: str = absent()
     steering: SteeringReport = absent()
 
 
@@ -201,6 +200,7 @@ class ArgumentsDone(Event):
     type: Literal["response.function_call_arguments.done"]
     item_id: str
     output_index: int
+    name: str
     arguments: str
 
 

@@ -75,7 +75,7 @@ class TextConfig(RequestModel):
         """`format` as the response repeats it."""
         if self.format is None:
             return {"type": "text"}
-        format_ = self.format.model_dump(by_alias=True)
+        format_ = self.format.model_dump(by_alias=True, exclude_none=True)
         if isinstance(self.format, JsonSchemaFormat):
             format_["strict"] = self.format.strict is True
         return format_

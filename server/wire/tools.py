@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -73,7 +74,7 @@ def tool_use(
     if not tools or choice == "none":
         return None
     callable_names = frozenset(tool.name for tool in tools) if named is None else frozenset(named)
-    return ToolUse(tuple(tools), choice, callable_names, parallel, schema_param)
+    return ToolUse(tuple(tools), choice, callable_names, parallel, schema_param=schema_param)
 
 
 def check_tools(names: Sequence[str], named: Sequence[str] | None, choice: Mode) -> None:
@@ -115,7 +116,8 @@ class ToolFields(RequestModel):
         """What the model may call; a function that is named is called once."""
         mode, named = self._choice()
         parallel = self.parallel_tool_calls is not False and not isinstance(self.tool_choice, NamedFunction)
-        return tool_use([tool.function.tool() for tool in self.tools or ()], mode, named, parallel)
+        use = tool_use([tool.function.tool() for tool in self.tools or ()], mode, named, parallel)
+        return replace(use, named=True) if use and isinstance(self.tool_choice, NamedFunction) else use
 
 
 class CalledFunction(RequestModel):

@@ -273,6 +273,12 @@ async def test_streams_are_refused_with_a_status_too(served):
     assert (response.status_code, response.json()["error"]["code"]) == (400, "context_length_exceeded")
 
 
+async def test_what_is_refused_as_unsupported_has_a_code(served):
+    path, body = CASES["image"][0]
+    error = (await served.client.post(path, json=body)).json()["error"]
+    assert error["code"] == "unsupported_parameter"
+
+
 async def test_absurd_bodies_are_refused_quickly(served):
     """Each would take minutes, or gigabytes, if every fault were looked into."""
     for body in (

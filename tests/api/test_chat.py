@@ -295,3 +295,22 @@ async def test_request_ids(served):
 async def test_fingerprint_is_stable(served):
     prints = {(await served.chat(text)).json()["system_fingerprint"] for text in (FIRING[0], CALM[0])}
     assert len(prints) == 1 and prints.pop().startswith("fs_")
+
+
+async def test_a_refusal_comes_back_as_text(served, oracle):
+    """As OpenAI's answers hold it: a part of an assistant's message, or a field of its own."""
+
+    def turns(said):
+        return [{"role": "user", "content": "x"}, {"role": "assistant", **said}, {"role": "user", "content": "y"}]
+
+    asked = {"model": "tiny", "max_tokens": 4, "temperature": 0}
+    answers = [
+        (await served.client.post("/v1/chat/completions", json=asked | {"messages": turns(said)})).json()
+        for said in (
+            {"content": "No."},
+            {"content": [{"type": "refusal", "refusal": "No."}]},
+            {"content": None, "refusal": "No."},
+        )
+    ]
+    assert len({answer["choices"][0]["message"]["content"] for answer in answers}) == 1
+    assert len({answer["usage"]["prompt_tokens"] for answer in answers}) == 1

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from server.api.elsewhere import why_not
+from server.api.elsewhere import OPERATIONS, why_not
 from server.app import GZIP_FROM_BYTES
 from tests.checkpoint import CALM
 from tests.serving import Connection, chunks, serving
@@ -83,6 +83,12 @@ async def test_wrong_methods(served, method, path, allowed):
     else:
         error = error_of(response)
         assert error["code"] == "method_not_supported" and allowed in error["message"]
+
+
+@pytest.mark.parametrize("path", OPERATIONS)
+async def test_an_operation_where_there_are_ids(served, path):
+    response = await served.client.post(path, json={})
+    assert (response.status_code, error_of(response)["code"]) == (404, "unknown_url")
 
 
 async def test_options_names_the_methods(served):
