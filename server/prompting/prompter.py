@@ -91,7 +91,7 @@ class Prompter:
             )
         except TEMPLATE_FAILURES as error:
             raise InvalidRequestError(
-                f"{conversation.param}: the model's chat template refuses them: {error}.",
+                f"{conversation.param}: the model's chat template refuses them: {str(error).rstrip('.')}.",
                 param=conversation.param,
                 code="chat_template_refused",
             ) from error

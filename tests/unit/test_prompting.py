@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from server.conversation import Conversation
+from server.errors import InvalidRequestError
 from server.prompting.detokenizer import IncrementalDetokenizer, TextStream
-from server.prompting.prompter import load_prompter
+from server.prompting.prompter import Prompter, load_prompter
 from server.prompting.stop_strings import StopMatcher
 from server.prompting.vocabulary import Vocabulary, byte_of_char
 from steering.errors import ModelError
@@ -206,3 +208,19 @@ def test_a_missing_template_file_is_told(tmp_path):
     assert load_prompter(str(tmp_path)).eos_token_ids == {2, 7}
     with pytest.raises(ModelError, match=r"none\.jinja: the chat template cannot be read"):
         load_prompter(str(tmp_path), tmp_path / "none.jinja")
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ ''.__class__.__mro__ }}", "access to attribute '__class__' of 'str' object is unsafe"),
+        ("{{ messages.append(1) }}", "access to attribute 'append' of 'list' object is unsafe"),
+        ("{{ messages[5].role }}", "list object has no element 5"),
+    ],
+)
+async def test_templates_run_in_a_sandbox_and_their_failures_are_told(template, said):
+    prompter = Prompter(build_tokenizer(), frozenset({2}), template)
+    with pytest.raises(InvalidRequestError) as refusal:
+        await prompter.chat(Conversation(({"role": "user", "content": "x"},)))
+    assert refusal.value.message == f"messages: the model's chat template refuses them: {said}."
+    prompter.close()
