@@ -45,7 +45,7 @@ def unsteered(address, question):
 
 
 def test_the_readmes_curl_commands_tell_the_story(address):
-    commands = [block for block in blocks("bash") if block.startswith("curl")]
+    *commands, with_tool = [block for block in blocks("bash") if block.startswith("curl")]
     questions = [re.search(r'"content": "(.*?)"', command)[1] for command in commands]
     steered, plain, freed, harmless = answers = [run(command, address) for command in commands]
     texts = [answer["choices"][0]["message"]["content"] for answer in answers]
@@ -60,6 +60,11 @@ def test_the_readmes_curl_commands_tell_the_story(address):
     assert not is_refusal(texts[2]) and is_refusal(unsteered(address, questions[2]))
     assert (harmless["steering"]["applied"], harmless["steering"]["reason"]) == (False, "gate_closed")
     assert texts[3] == unsteered(address, questions[3])
+
+    [call] = run(with_tool, address)["choices"][0]["message"]["tool_calls"]
+    arguments = json.loads(call["function"]["arguments"])
+    assert call["function"]["name"] == "weather" and set(arguments) == {"city", "unit"}
+    assert len(arguments["city"]) <= 20 and arguments["unit"] in ("celsius", "fahrenheit")
 
 
 def test_the_readmes_steering_object_is_what_the_server_sends(address):
