@@ -13,8 +13,6 @@ import typer
 
 from steering.errors import SteeringError
 
-Files = Annotated[list[Path], typer.Option(help="JSONL file; repeatable")]
-
 
 def register(app: typer.Typer) -> None:
     """Add the lab's commands."""

@@ -288,11 +288,11 @@ async def test_absurd_bodies_are_refused_quickly(served):
         OK | {"stop": ["a"] * 500_000},
         OK | {"logit_bias": {str(i): "x" for i in range(200_000)}},
     ):
-        begun = time.perf_counter()
+        begun = time.process_time()  # of the server, whatever else runs here
         response = await served.client.post("/v1/chat/completions", json=body)
         assert response.status_code == 400
         assert len(response.text) < 4000
-        assert time.perf_counter() - begun < 20
+        assert time.process_time() - begun < 5
 
 
 async def test_too_large_a_body(served):

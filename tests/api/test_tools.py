@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import jsonschema
 import pytest
 
+from tests.checkpoint import build_model, build_tokenizer
 from tests.serving import chunks, serving
 
 WEATHER = {
@@ -201,3 +203,18 @@ async def test_a_schema_that_cannot_be_enforced_is_named(served):
     error = response.json()["error"]
     assert (response.status_code, error["param"]) == (400, "tools[1].function.parameters")
     assert "'f'" in error["message"]
+
+
+async def test_markers_that_are_special_tokens_are_seen(artifacts, tmp_path):
+    """Mistral's and Hermes' tokenizers hold them as special ones, whose text is hidden elsewhere."""
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<tool_call>", "</tool_call>"]})
+    tokenizer.save_pretrained(tmp_path)
+    build_model(tokenizer).save_pretrained(tmp_path)
+    marker = tokenizer.convert_tokens_to_ids("<tool_call>")
+    async with serving(replace(artifacts, model=tmp_path), (), max_model_len=2048) as served:
+        [choice] = (await ask(served, tools=TOOLS, tool_choice="required", return_token_ids=True))["choices"]
+        assert marker in choice["token_ids"], "it was written as one token"
+        assert valid(choice["message"]["tool_calls"]) and choice["message"]["content"] is None
+        [plain] = (await ask(served, max_tokens=4, logit_bias={str(marker): 100}))["choices"]
+        assert plain["message"]["content"] == "", "without tools it is a special token like others"

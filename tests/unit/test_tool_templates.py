@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from server.conversation import Conversation
 from server.tools.base import Tool, ToolUse
 from server.tools.formats import FORMATS
+from server.tools.grammar import needs_grammar
 from server.tools.template import TemplateTools
 
 QWEN = """{%- if tools %}{{- '<|im_start|>system\\n# Tools\\n<tools>' }}{%- for tool in tools %}{{- tool | tojson }}{%- endfor %}
@@ -78,3 +81,18 @@ def test_another_template_is_told_in_text():
 def test_a_conversation_without_tools_is_left_alone():
     messages = ({"role": "user", "content": "<tool_call>", "name": "eve"},)
     assert TemplateTools(PLAIN).told(Conversation(messages)) == (list(messages), {})
+
+
+@pytest.mark.parametrize(
+    ("changed", "free_text", "wanted"),
+    [
+        ({}, True, False),
+        ({"choice": "required"}, True, True),
+        ({"parallel": False}, True, True),
+        ({"tools": (replace(WEATHER, strict=True),)}, True, True),
+        ({"tools": (replace(WEATHER, strict=True),), "callable": frozenset()}, True, False),
+        ({}, False, True),
+    ],
+)
+def test_a_grammar_is_needed_where_a_model_could_break_a_promise(changed, free_text, wanted):
+    assert needs_grammar(replace(USE, **changed), free_text=free_text) is wanted
