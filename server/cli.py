@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from server import cli_lab
+from server import lab
 from server.config import ConfigError, ServerConfig
 from server.listen import listen
 
@@ -134,7 +134,7 @@ def fail(message: str) -> typer.Exit:
     return typer.Exit(2)
 
 
-cli_lab.register(app)
+lab.register(app)
 
 
 def main() -> None:

@@ -1,9 +1,7 @@
-"""`finesteer train` and `finesteer inspect`: options to `steering.training`, and what it found to the terminal."""
+"""`finesteer train`: options to `steering.training`, and what it found to the terminal."""
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -11,13 +9,8 @@ from typing import Annotated
 
 import typer
 
+from server.lab.console import command_line, show, stop
 from steering.errors import SteeringError
-
-
-def register(app: typer.Typer) -> None:
-    """Add the lab's commands."""
-    app.command()(train)
-    app.command()(inspect)
 
 
 def train(
@@ -62,11 +55,11 @@ def train(
         ("--centre", centre, ("auto", "none", "general", "ir")),
     ):
         if value not in known:
-            _stop(console, f"{label} {value!r} is unknown; use one of {', '.join(known)}.")
+            stop(console, f"{label} {value!r} is unknown; use one of {', '.join(known)}.")
     if rank != "auto" and not (rank.isdigit() and int(rank) > 0):
-        _stop(console, f"--rank {rank!r} must be auto or a whole number above 0.")
+        stop(console, f"--rank {rank!r} must be auto or a whole number above 0.")
     if not 0 < tail < 1 or decay <= 0 or not 0 <= floor < 1:
-        _stop(console, "--tail must lie between 0 and 1, --decay above 0, --floor in [0, 1).")
+        stop(console, "--tail must lie between 0 and 1, --decay above 0, --floor in [0, 1).")
 
     from transformers import AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
@@ -75,8 +68,8 @@ def train(
     from server.engine.native.load import load_model
     from steering.training.card import write_card
     from steering.training.fit_experts import ExpertOptions
+    from steering.training.options import TrainingOptions
     from steering.training.report import write_report
-    from steering.training.trainer import TrainingOptions
     from steering.training.trainer import train as run
 
     reference = model or str(demo_folder() / "demo")
@@ -112,7 +105,7 @@ def train(
                 AutoTokenizer.from_pretrained(reference),
                 options,
                 model_id=Path(reference).name if Path(reference).is_dir() else reference,
-                command=_command(),
+                command=command_line(),
                 progress=True,
             )
         profile = training.profile.save(out)
@@ -120,86 +113,11 @@ def train(
         write_report(training, out)
         write_card(profile, out)
     except (SteeringError, OSError) as error:
-        _stop(console, str(error))
+        stop(console, str(error))
     for warning in caught:
         if issubclass(warning.category, UserWarning) and "gate" in str(warning.message):
             console.print(f"[yellow]warning:[/yellow] {warning.message}")
-    _show(console, profile)
+    show(console, profile)
     console.print(
         f"Wrote {out} in {time.perf_counter() - started:.0f} s. Serve it: finesteer serve --profile {profile.name}={out}"
     )
-
-
-def inspect(profile: Annotated[str, typer.Argument(help="profile folder or hub id")]) -> None:
-    """Check a profile and print what is in it."""
-    from rich.console import Console
-
-    from steering.profile import SteeringProfile
-
-    console = Console()
-    try:
-        _show(console, SteeringProfile.load(profile))
-    except SteeringError as error:
-        _stop(console, str(error))
-
-
-def _show(console, profile) -> None:
-    from rich.table import Table
-
-    manifest = profile.manifest
-    gate, experts, metrics = manifest.gate, manifest.experts, manifest.metrics
-    table = Table(title=f"profile {manifest.name}", show_header=False, title_justify="left", min_width=60)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
-    table.add_row("version", profile.version)
-    if manifest.description:
-        table.add_row("description", manifest.description)
-    table.add_row("method", manifest.method)
-    table.add_row(
-        "model", f"{manifest.model.id} ({manifest.model.num_layers} layers, {manifest.model.hidden_size} wide)"
-    )
-    table.add_row("site", f"output of layer {manifest.layer}, positions {manifest.positions}")
-    table.add_row("strength", f"{manifest.strength:g}")
-    if gate.kind == "always":
-        table.add_row("gate", "none: every query is steered")
-    else:
-        table.add_row(
-            "gate", f"quantile, centre {gate.centre}, rank {gate.rank}, tail {gate.tail:g}, decay {gate.decay:g}"
-        )
-        table.add_row("threshold", f"{gate.threshold:.4f}, from {gate.num_calibration} calibration queries")
-    if found := metrics.get("gate"):
-        table.add_row("AUC", f"{found['auc']:.3f} ({found['held_out']})")
-        table.add_row("fires on general", _interval(found["general_fired"]))
-        table.add_row("fully open on general", _interval(found["general_fully_open"]))
-        for source, missed in found["missed_by_source"].items():
-            table.add_row(f"misses of {source}", _interval(missed))
-    if experts.kind == "constant":
-        table.add_row("experts", "one vector for every query")
-    else:
-        table.add_row("experts", f"{experts.num_prototypes} prototypes, residual rank {experts.residual_rank}")
-    if found := metrics.get("experts"):
-        table.add_row("pairs per prototype", ", ".join(map(str, found["cluster_sizes"])))
-        table.add_row(
-            "validation error",
-            f"{found['validation_error']:.3f} (mean vector {found['validation_error_mean_vector']:.3f}, "
-            f"none {found['validation_error_zero']:.3f})",
-        )
-    for name, data in manifest.training.get("data", {}).items():
-        table.add_row(f"{name} data", f"{data['rows']} rows: {', '.join(data['files'])}")
-    table.add_row("command", manifest.training.get("command", ""))
-    console.print(table)
-
-
-def _interval(found: dict) -> str:
-    return f"{found['share']:.1%} (95 %: {found['low']:.1%} – {found['high']:.1%}, n = {found['n']})"
-
-
-def _command() -> str:
-    """The command line as given, with every absolute path cut to its last part."""
-    words = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
-    return shlex.join(["finesteer", *words])
-
-
-def _stop(console, message: str) -> None:
-    console.print(f"[red]error:[/red] {message}", soft_wrap=True)
-    raise typer.Exit(2)

@@ -1,0 +1,14 @@
+"""The lab's commands: one module each, options in, `steering` does the work, what it found to the terminal."""
+
+from __future__ import annotations
+
+import typer
+
+from server.lab.inspect import inspect
+from server.lab.train import train
+
+
+def register(app: typer.Typer) -> None:
+    """Add the lab's commands."""
+    for command in (train, inspect):
+        app.command()(command)

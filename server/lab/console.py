@@ -1,0 +1,71 @@
+"""What the lab's commands share: how a profile is shown, how a command line is remembered, how one stops with a sentence."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+import typer
+
+
+def show(console, profile) -> None:
+    from rich.table import Table
+
+    manifest = profile.manifest
+    gate, experts, metrics = manifest.gate, manifest.experts, manifest.metrics
+    table = Table(title=f"profile {manifest.name}", show_header=False, title_justify="left", min_width=60)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    table.add_row("version", profile.version)
+    if manifest.description:
+        table.add_row("description", manifest.description)
+    table.add_row("method", manifest.method)
+    table.add_row(
+        "model", f"{manifest.model.id} ({manifest.model.num_layers} layers, {manifest.model.hidden_size} wide)"
+    )
+    table.add_row("site", f"output of layer {manifest.layer}, positions {manifest.positions}")
+    table.add_row("strength", f"{manifest.strength:g}")
+    if gate.kind == "always":
+        table.add_row("gate", "none: every query is steered")
+    else:
+        table.add_row(
+            "gate", f"quantile, centre {gate.centre}, rank {gate.rank}, tail {gate.tail:g}, decay {gate.decay:g}"
+        )
+        table.add_row("threshold", f"{gate.threshold:.4f}, from {gate.num_calibration} calibration queries")
+    if found := metrics.get("gate"):
+        table.add_row("AUC", f"{found['auc']:.3f} ({found['held_out']})")
+        table.add_row("fires on general", interval(found["general_fired"]))
+        table.add_row("fully open on general", interval(found["general_fully_open"]))
+        for source, missed in found["missed_by_source"].items():
+            table.add_row(f"misses of {source}", interval(missed))
+    if experts.kind == "constant":
+        table.add_row("experts", "one vector for every query")
+    else:
+        table.add_row("experts", f"{experts.num_prototypes} prototypes, residual rank {experts.residual_rank}")
+    if found := metrics.get("experts"):
+        table.add_row("pairs per prototype", ", ".join(map(str, found["cluster_sizes"])))
+        table.add_row(
+            "validation error",
+            f"{found['validation_error']:.3f} (mean vector {found['validation_error_mean_vector']:.3f}, "
+            f"none {found['validation_error_zero']:.3f})",
+        )
+    for name, data in manifest.training.get("data", {}).items():
+        table.add_row(f"{name} data", f"{data['rows']} rows: {', '.join(data['files'])}")
+    table.add_row("command", manifest.training.get("command", ""))
+    console.print(table)
+
+
+def interval(found: dict) -> str:
+    return f"{found['share']:.1%} (95 %: {found['low']:.1%} – {found['high']:.1%}, n = {found['n']})"
+
+
+def command_line() -> str:
+    """The command line as given, with every absolute path cut to its last part."""
+    words = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
+    return shlex.join(["finesteer", *words])
+
+
+def stop(console, message: str) -> None:
+    console.print(f"[red]error:[/red] {message}", soft_wrap=True)
+    raise typer.Exit(2)
