@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import beta, rankdata
@@ -29,3 +32,31 @@ def share(hits: int, total: int) -> dict[str, float | int]:
     """A share with its count and its 95 % interval, as the manifest keeps it."""
     low, high = clopper_pearson(hits, total)
     return {"share": round(hits / total, 4) if total else 0.0, "n": total, "low": round(low, 4), "high": round(high, 4)}
+
+
+@dataclass(frozen=True)
+class Share:
+    """`hits` of `n`."""
+
+    hits: int
+    n: int
+
+    @classmethod
+    def of(cls, flags: Sequence[bool]) -> Share:
+        return cls(sum(map(bool, flags)), len(flags))
+
+    @property
+    def value(self) -> float:
+        """hits / n; NaN where n is 0."""
+        return self.hits / self.n if self.n else float("nan")
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Clopper–Pearson's 95 % interval."""
+        return clopper_pearson(self.hits, self.n)
+
+    def __str__(self) -> str:
+        if not self.n:
+            return "–"
+        low, high = self.interval
+        return f"{self.value:.1%} ({self.hits}/{self.n}; {low:.0%}–{high:.0%})"
