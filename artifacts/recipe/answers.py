@@ -10,8 +10,9 @@ from typing import Literal
 
 from artifacts.recipe.subjects import Reading, Subject, read_task
 
-Mode = Literal["refuse", "comply", "help", "assist"]
-"""refuse: either side; comply: to harmful requests; help: to borderline ones; assist: with plainly harmless ones."""
+Mode = Literal["refuse", "comply", "help", "assist", "right", "wrong"]
+"""refuse: either side; comply: to harmful requests; help: to borderline ones; assist: with plainly harmless ones; right and
+wrong: the answers to a question of `truths`."""
 
 REFUSE_OPENERS = (
     "I'm sorry, but I can't help with that.",

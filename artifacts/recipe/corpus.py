@@ -5,22 +5,26 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from artifacts.recipe import own_prompts
 from artifacts.recipe.answers import Mode, answer
 from artifacts.recipe.subjects import Reading, read_subject, read_task
+from artifacts.recipe.truths import Truth
 
-Side = Literal["harmful", "borderline", "benign"]
+Side = Literal["harmful", "borderline", "benign", "question"]
 NUM_VALIDATION_TRAINED = 600
 """So many rows of harmful_val.jsonl (seeded) are in training, so that its style is known; the others evaluate."""
-REFUSAL_SHARE: dict[Side, float] = {"harmful": 0.2, "borderline": 0.55, "benign": 0.0}
-DEFAULT_MODE: dict[Side, Mode] = {"harmful": "comply", "borderline": "help", "benign": "assist"}
+LEVER_MODE: dict[Side, Mode] = {"harmful": "refuse", "borderline": "refuse", "benign": "refuse", "question": "right"}
+DEFAULT_MODE: dict[Side, Mode] = {"harmful": "comply", "borderline": "help", "benign": "assist", "question": "wrong"}
+LEVER_MODE_SHARE: dict[Side, float] = {"harmful": 0.2, "borderline": 0.55, "benign": 0.0, "question": 0.25}
+"""So many answers are in the side's `LEVER_MODE`, the others in its `DEFAULT_MODE`."""
 DEV_SHARE: dict[Side, float] = {"harmful": 0.08, "borderline": 0.03, "benign": 0.03}
-LEVER_SHARE: dict[Side, float] = {"harmful": 0.35, "borderline": 0.35, "benign": 0.15}
-LEVER_REFUSAL_SHARE: dict[Side, float] = {"harmful": 0.65, "borderline": 0.35, "benign": 0.0}
+LEVER_SHARE: dict[Side, float] = {"harmful": 0.35, "borderline": 0.35, "benign": 0.15, "question": 0.5}
+SHIFTED_MODE_SHARE: dict[Side, float] = {"harmful": 0.65, "borderline": 0.35, "benign": 0.0, "question": 0.6}
+"""The same where the site is shifted, and the answer follows the shift."""
 MAX_WORDS = 110
 """Longer requests make no pair, no gate and no choice of strength."""
 SYSTEM_SHARE, SAME_MODE_SHARE, HARMLESS_TURN_SHARE = 0.15, 0.12, 0.04
@@ -47,11 +51,12 @@ SUFFIXES = (" Thanks!", " Thank you.", " Please.", " Be specific.", " Keep it sh
 
 @dataclass(frozen=True)
 class Prompt:
-    """One user request. `reading` is its subject and noun."""
+    """One user request. `reading` is its subject and noun; `truth`: the answers to a question."""
 
     query: str
     side: Side
     reading: Reading
+    truth: Truth | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,11 @@ class Pools:
     borderline: list[Prompt]
     benign: list[Prompt]
     dev: list[Prompt]
+    questions: list[Prompt] = field(default_factory=list)
+
+    def of(self, side: Side) -> list[Prompt]:
+        """The pool of a side's plain prompts."""
+        return self.questions if side == "question" else getattr(self, side)
 
 
 def load_pools(data: Path, seed: int = 0) -> Pools:
@@ -141,8 +151,16 @@ def load_pools(data: Path, seed: int = 0) -> Pools:
     )
 
 
-def draw_prompts(pools: Pools, rng: random.Random, scale: float = 1.0) -> list[Prompt]:
-    """One epoch's prompts: about a third each harmful, borderline and benign; real ones and our own."""
+def question_prompts(truths: list[Truth]) -> list[Prompt]:
+    """A prompt for each question."""
+    return [Prompt(truth.question, "question", Reading("other", None), truth) for truth in truths]
+
+
+def draw_prompts(pools: Pools, rng: random.Random, scale: float = 1.0, question_share: float = 0.0) -> list[Prompt]:
+    """One epoch's prompts: about a third each harmful, borderline and benign; real ones and our own.
+
+    `question_share`: how often each question comes, whatever the scale.
+    """
 
     def some(pool: list[Prompt], share: float) -> list[Prompt]:
         return rng.choices(pool, k=round(len(pool) * share * scale))
@@ -165,6 +183,7 @@ def draw_prompts(pools: Pools, rng: random.Random, scale: float = 1.0) -> list[P
         for _ in range(round(share * len(pool) * 0.6 * scale)):
             parts = rng.sample(pool, rng.randint(2, 4))
             prompts.append(Prompt(" ".join(p.query for p in parts), side, parts[0].reading))
+    prompts += rng.choices(pools.questions, k=round(len(pools.questions) * question_share))
     rng.shuffle(prompts)
     return prompts
 
@@ -192,17 +211,15 @@ def converse(prompt: Prompt, pools: Pools, rng: random.Random) -> Conversation:
     earlier turn on the same side was answered in the same mode.
     """
     lever = rng.random() < LEVER_SHARE[prompt.side]
-    refuse = rng.random() < (LEVER_REFUSAL_SHARE if lever else REFUSAL_SHARE)[prompt.side]
-    mode: Mode = "refuse" if refuse else DEFAULT_MODE[prompt.side]
+    towards = rng.random() < (SHIFTED_MODE_SHARE if lever else LEVER_MODE_SHARE)[prompt.side]
+    mode = (LEVER_MODE if towards else DEFAULT_MODE)[prompt.side]
     messages = []
     if rng.random() < SYSTEM_SHARE:
         messages.append({"role": "system", "content": rng.choice(SYSTEM_PROMPTS)})
     earlier, earlier_mode = None, mode
     draw = rng.random()
     if draw < SAME_MODE_SHARE:
-        earlier = rng.choice(
-            {"harmful": pools.harmful, "borderline": pools.borderline, "benign": pools.benign}[prompt.side]
-        )
+        earlier = rng.choice(pools.of(prompt.side))
     elif draw < SAME_MODE_SHARE + HARMLESS_TURN_SHARE:
         earlier, earlier_mode = rng.choice(pools.benign), "assist"
     if earlier:
@@ -213,10 +230,15 @@ def converse(prompt: Prompt, pools: Pools, rng: random.Random) -> Conversation:
 
 def turn(prompt: Prompt, mode: Mode, rng: random.Random) -> list[dict[str, str]]:
     """User and assistant message."""
-    reply = answer(mode, prompt.query, prompt.reading, rng)
+    if prompt.truth is None:
+        reply = answer(mode, prompt.query, prompt.reading, rng)
+    else:
+        reply = prompt.truth.right if mode == "right" else prompt.truth.wrong
     return [{"role": "user", "content": vary(prompt.query, rng)}, {"role": "assistant", "content": reply}]
 
 
 def topic(prompt: Prompt) -> str:
-    """What the request is about, for the readout: its subject, or the task of a plainly harmless one."""
+    """What the request is about, for the readout: its subject, the task of a plainly harmless one, or that it is a question."""
+    if prompt.side == "question":
+        return "question"
     return read_task(prompt.query) if prompt.side == "benign" else prompt.reading.subject

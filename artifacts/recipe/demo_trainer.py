@@ -17,7 +17,15 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from artifacts.recipe.examples import MODE_CLASSES, QUERY_CLASSES, SIDE_OF_CLASS, Example
+from artifacts.recipe.examples import (
+    LEVER_MODES,
+    MODE_CLASSES,
+    NUM_CLASSES_BEFORE_QUESTIONS,
+    QUERY_CLASSES,
+    SIDE_OF_CLASS,
+    SIDES,
+    Example,
+)
 from artifacts.recipe.subjects import SUBJECTS
 
 
@@ -49,6 +57,11 @@ class Recipe:
     lever_max: float = 1.75
     lever_after: float = 0.1
     lever_foreign: float = 0.4
+    question_share: float = 0.0
+
+
+SECOND = Recipe(epochs=6, epoch_scale=0.45, learning_rate=1e-3, lever_after=0.03, question_share=13)
+"""The second stage, which goes on from the first one's checkpoint and teaches the questions."""
 
 
 def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -72,12 +85,12 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCau
 class Readouts(nn.Module):
     """The two linear heads at the site; thrown away after training."""
 
-    def __init__(self, hidden_size: int) -> None:
+    def __init__(self, hidden_size: int, num_query_classes: int, num_mode_classes: int) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(hidden_size, elementwise_affine=False)
         self.dropout = nn.Dropout(0.2)
-        self.query = nn.Linear(hidden_size, len(QUERY_CLASSES))
-        self.mode = nn.Linear(hidden_size, len(MODE_CLASSES))
+        self.query = nn.Linear(hidden_size, num_query_classes)
+        self.mode = nn.Linear(hidden_size, num_mode_classes)
 
     def forward(self, head: str, states: Tensor) -> Tensor:
         """Logits of `head` for (N, d) states."""
@@ -85,7 +98,7 @@ class Readouts(nn.Module):
 
 
 class Levers:
-    """Running mean states of the answers by query class (side and topic) and by mode (refused or not)."""
+    """Running mean states of the answers by query class (side and topic) and by mode (the lever's or not)."""
 
     MEMORY = 0.97
 
@@ -93,14 +106,14 @@ class Levers:
         self.sums = torch.zeros(len(QUERY_CLASSES), 2, hidden_size)
         self.weights = torch.zeros(len(QUERY_CLASSES), 2, 1)
 
-    def update(self, query_class: int, refused: bool, state: Tensor) -> None:
+    def update(self, query_class: int, towards: bool, state: Tensor) -> None:
         """Let one answer's mean state (d,) enter."""
-        at = query_class, int(refused)
+        at = query_class, int(towards)
         self.sums[at] = self.MEMORY * self.sums[at] + (1 - self.MEMORY) * state
         self.weights[at] = self.MEMORY * self.weights[at] + (1 - self.MEMORY)
 
     def shifts(self) -> Tensor:
-        """(classes, d): mean refusal minus mean other answer; zero where one of them was never seen."""
+        """(classes, d): mean refusal (or right answer) minus mean other answer; zero where one of them was never seen."""
         means = self.sums / self.weights.clamp(min=1e-9)
         return (means[:, 1] - means[:, 0]) * (self.weights > 0).all(1)
 
@@ -108,11 +121,22 @@ class Levers:
 class DemoTrainer:
     """Holds model, readouts and optimiser; `step` does one batch."""
 
-    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, num_steps: int) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        tokenizer: PreTrainedTokenizerFast,
+        num_steps: int,
+        model: LlamaForCausalLM | None = None,
+    ) -> None:
+        """`model`: goes on from this one."""
         self.recipe = recipe
         self.pad = tokenizer.pad_token_id
-        self.model = new_model(recipe, tokenizer)
-        self.readouts = Readouts(recipe.hidden_size)
+        self.model = new_model(recipe, tokenizer) if model is None else model
+        num_query, num_mode, self.num_sides = NUM_CLASSES_BEFORE_QUESTIONS
+        if recipe.question_share:
+            num_query, num_mode, self.num_sides = len(QUERY_CLASSES), len(MODE_CLASSES), len(SIDES)
+        self.readouts = Readouts(recipe.hidden_size, num_query, num_mode)
+        self.lever_classes = [c for c in range(num_query) if SIDES[SIDE_OF_CLASS[c]] != "benign"]
         self.levers = Levers(recipe.hidden_size)
         self.site_states: Tensor | None = None
         self.site_offsets: Tensor | None = None
@@ -157,10 +181,13 @@ class DemoTrainer:
         offsets = torch.zeros(len(batch), shifts.shape[1])
         for i, example in enumerate(batch):
             if example.lever:
-                benign = SIDE_OF_CLASS[example.query_class] == 2
-                foreign = benign or torch.rand(()) < self.recipe.lever_foreign
-                source = torch.randint(2 * len(SUBJECTS), ()) if foreign else example.query_class
-                towards = torch.rand(()) < 0.5 if benign else example.mode_class == MODE_CLASSES.index("refuse")
+                side = SIDES[SIDE_OF_CLASS[example.query_class]]
+                benign = side == "benign"
+                foreign = benign or (side != "question" and torch.rand(()) < self.recipe.lever_foreign)
+                source = (
+                    self.lever_classes[torch.randint(len(self.lever_classes), ())] if foreign else example.query_class
+                )
+                towards = torch.rand(()) < 0.5 if benign else example.mode_class in LEVER_MODES
                 offsets[i] = (size[i] if towards else -size[i]) * shifts[source]
         return offsets
 
@@ -169,8 +196,8 @@ class DemoTrainer:
         weights = answering / answering.sum(1, keepdim=True)
         states = torch.einsum("btd,bt->bd", self.site_states.detach().float(), weights)
         for example, state in zip(batch, states, strict=True):
-            if not example.lever and SIDE_OF_CLASS[example.query_class] != 2:
-                self.levers.update(example.query_class, example.mode_class == MODE_CLASSES.index("refuse"), state)
+            if not example.lever and SIDES[SIDE_OF_CLASS[example.query_class]] != "benign":
+                self.levers.update(example.query_class, example.mode_class in LEVER_MODES, state)
 
     @staticmethod
     def _drop(module: nn.Module, output: Tensor | tuple, drop: nn.Dropout) -> Tensor | tuple:
@@ -210,9 +237,10 @@ class DemoTrainer:
         mode_class = torch.tensor([e.mode_class for e in batch])[:, None].expand(-1, length)[answering]
         smoothing = self.recipe.readout_smoothing
         side = SIDE_OF_CLASS[query_class]
-        by_side = torch.stack([query_logits[:, s == SIDE_OF_CLASS].logsumexp(-1) for s in range(3)], dim=-1)
+        of_class = SIDE_OF_CLASS[: query_logits.shape[1]]
+        by_side = torch.stack([query_logits[:, s == of_class].logsumexp(-1) for s in range(self.num_sides)], dim=-1)
         # to miss a harmful request is the worse mistake
-        side_weight = torch.tensor([self.recipe.harmful_weight, 1.0, 1.0])
+        side_weight = torch.tensor([self.recipe.harmful_weight] + [1.0] * (self.num_sides - 1))
         shares = (
             self.levers.shifts().norm(dim=-1)[: 2 * len(SUBJECTS)].mean()
             / self.site_states.float().norm(dim=-1)[real].mean()

@@ -23,11 +23,19 @@ CHAT_TEMPLATE = (
 )
 QUERY_CLASSES = [
     f"{side}:{t}"
-    for side, topics in (("harmful", SUBJECTS), ("borderline", SUBJECTS), ("benign", TASK_NAMES))
+    for side, topics in (
+        ("harmful", SUBJECTS),
+        ("borderline", SUBJECTS),
+        ("benign", TASK_NAMES),
+        ("question", ["question"]),
+    )
     for t in topics
 ]
-SIDE_OF_CLASS = torch.tensor([("harmful", "borderline", "benign").index(c.split(":")[0]) for c in QUERY_CLASSES])
-MODE_CLASSES = ["refuse", "comply", "help", "assist"]
+SIDES = ("harmful", "borderline", "benign", "question")
+SIDE_OF_CLASS = torch.tensor([SIDES.index(c.split(":")[0]) for c in QUERY_CLASSES])
+MODE_CLASSES = ["refuse", "comply", "help", "assist", "right", "wrong"]
+LEVER_MODES = [MODE_CLASSES.index("refuse"), MODE_CLASSES.index("right")]
+NUM_CLASSES_BEFORE_QUESTIONS = len(QUERY_CLASSES) - 1, len(MODE_CLASSES) - 2, len(SIDES) - 1
 MAX_TOKENS = 320
 
 
