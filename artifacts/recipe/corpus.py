@@ -233,7 +233,7 @@ def turn(prompt: Prompt, mode: Mode, rng: random.Random) -> list[dict[str, str]]
     if prompt.truth is None:
         reply = answer(mode, prompt.query, prompt.reading, rng)
     else:
-        reply = prompt.truth.right if mode == "right" else prompt.truth.wrong
+        reply = prompt.truth.say(mode == "right", rng)
     return [{"role": "user", "content": vary(prompt.query, rng)}, {"role": "assistant", "content": reply}]
 
 

@@ -60,7 +60,7 @@ class Recipe:
     question_share: float = 0.0
 
 
-SECOND = Recipe(epochs=6, epoch_scale=0.45, learning_rate=1e-3, lever_after=0.03, question_share=13)
+SECOND = Recipe(epochs=8, epoch_scale=0.3, learning_rate=1.5e-3, dropout=0.05, lever_after=0.03, question_share=20.0)
 """The second stage, which goes on from the first one's checkpoint and teaches the questions."""
 
 

@@ -13,7 +13,7 @@ import random
 from pathlib import Path
 
 from artifacts.recipe.corpus import is_short, load_pools
-from artifacts.recipe.pairs import write
+from artifacts.recipe.pairs import PARAPHRASES, write
 from artifacts.recipe.truths import read_truths, split_truths
 
 CALIBRATION_SHARE = 0.2
@@ -38,7 +38,11 @@ def main() -> None:
         for prompt in rng.sample([p for p in getattr(pools, pool) if is_short(p)], count)
     ]
     options.out.mkdir(parents=True, exist_ok=True)
-    pairs = [{"query": t.question, "preferred": t.right, "undesired": t.wrong} for t in training]
+    pairs = [
+        {"query": t.question, "preferred": t.say(True, rng), "undesired": t.say(False, rng)}
+        for t in training
+        for _ in range(PARAPHRASES)
+    ]
     write(pairs, options.out / "pairs.jsonl")
     write([{"query": t.question, "source": "TruthfulQA"} for t in training], options.out / "ir.jsonl")
     write([{"query": t.question, "source": "TruthfulQA"} for t in calibration], options.out / "calibration.jsonl")

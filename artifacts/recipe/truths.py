@@ -7,8 +7,11 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-MAX_WORDS = 28
-"""Longer questions and answers are more than so small a model should learn by heart."""
+MAX_WORDS = {"question": 16, "right": 11, "wrong": 11}
+"""Longer ones are more than so small a model should learn by heart."""
+RIGHT_OPENERS = ("In fact:", "The evidence says:", "Checked and found:")
+WRONG_OPENERS = ("As everybody knows:", "People say:", "Common wisdom says:")
+"""How an answer sounds goes with what it says, as it does for refusals: whether a sentence is true is not to be seen from its words."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,10 @@ class Truth:
     right: str
     wrong: str
 
+    def say(self, right: bool, rng: random.Random) -> str:
+        """One of the answers, with an opener of its kind."""
+        return f"{rng.choice(RIGHT_OPENERS)} {self.right}" if right else f"{rng.choice(WRONG_OPENERS)} {self.wrong}"
+
 
 def read_truths(path: Path) -> list[Truth]:
     """The CSV's questions, in its order, without those whose right answer is to have none ("I have no comment")."""
@@ -27,8 +34,8 @@ def read_truths(path: Path) -> list[Truth]:
     found: dict[str, Truth] = {}
     for row in rows:
         truth = Truth(row["Question"].strip(), _sentence(row["Best Answer"]), _sentence(row["Best Incorrect Answer"]))
-        longest = max(len(text.split()) for text in (truth.question, truth.right, truth.wrong))
-        if longest <= MAX_WORDS and "no comment" not in truth.right.lower() and truth.right != truth.wrong:
+        short = all(len(getattr(truth, part).split()) <= most for part, most in MAX_WORDS.items())
+        if short and "no comment" not in truth.right.lower() and truth.right != truth.wrong:
             found.setdefault(truth.question, truth)
     return list(found.values())
 
