@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,7 +14,9 @@ from steering.errors import SteeringError
 
 
 def train(
-    layer: Annotated[int, typer.Option(help="0-based decoder layer at whose output to read and steer")],
+    layer: Annotated[
+        str, typer.Option(help="0-based decoder layer to read and steer at; or auto, or candidates as 8-20 or 3,5,8")
+    ],
     pairs: Annotated[
         list[Path], typer.Option(help='JSONL rows {"query", "preferred", "undesired"[, "side"]}; repeatable')
     ],
@@ -42,6 +44,10 @@ def train(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
     batch_tokens: Annotated[int, typer.Option(help="padded tokens in one batch of the extraction")] = 8192,
+    cache: Annotated[
+        Path | None, typer.Option(help="folder of extracted states, to go on after an interruption; default: OUT.cache")
+    ] = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="keep no extracted states")] = False,
     force: Annotated[bool, typer.Option("--force", help="save a gate even if it is inverted")] = False,
 ) -> None:
     """Make a steering profile from examples."""
@@ -61,6 +67,10 @@ def train(
     if not 0 < tail < 1 or decay <= 0 or not 0 <= floor < 1:
         stop(console, "--tail must lie between 0 and 1, --decay above 0, --floor in [0, 1).")
 
+    layers = _layers(layer)
+    if layers is None:
+        stop(console, f"--layer {layer!r} must be a number, auto, a range as 8-20, or a list as 3,5,8.")
+
     from transformers import AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
@@ -75,7 +85,7 @@ def train(
     reference = model or str(demo_folder() / "demo")
     options = TrainingOptions(
         name=name or out.name,
-        layer=layer,
+        layer=layers,
         pairs=pairs,
         ir=ir or [],
         general=general or [],
@@ -93,6 +103,7 @@ def train(
         seed=seed,
         batch_tokens=batch_tokens,
         force=force,
+        cache=None if no_cache else cache or out.with_name(f"{out.name}.cache"),
     )
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -115,9 +126,32 @@ def train(
     except (SteeringError, OSError) as error:
         stop(console, str(error))
     for warning in caught:
-        if issubclass(warning.category, UserWarning) and "gate" in str(warning.message):
+        if issubclass(warning.category, UserWarning) and (
+            "gate" in str(warning.message) or "cache" in str(warning.message)
+        ):
             console.print(f"[yellow]warning:[/yellow] {warning.message}")
+    for score in training.layers:
+        mark = "→" if score.layer == profile.manifest.layer else " "
+        parts = [
+            ("AUC", score.auc),
+            ("fires on general", score.fire_rate),
+            ("validation error", score.validation_error),
+        ]
+        console.print(f"{mark} layer {score.layer}: " + ", ".join(f"{k} {v:.3f}" for k, v in parts if v is not None))
     show(console, profile)
     console.print(
         f"Wrote {out} in {time.perf_counter() - started:.0f} s. Serve it: finesteer serve --profile {profile.name}={out}"
     )
+
+
+def _layers(text: str) -> int | tuple[int, ...] | Literal["auto"] | None:
+    """--layer's value; None if it is none of the forms."""
+    if text == "auto":
+        return "auto"
+    if text.isdecimal():
+        return int(text)
+    first, dash, last = text.partition("-")
+    if dash and first.isdecimal() and last.isdecimal() and int(first) <= int(last):
+        return tuple(range(int(first), int(last) + 1))
+    parts = text.split(",")
+    return tuple(map(int, parts)) if all(part.strip().isdecimal() for part in parts) else None

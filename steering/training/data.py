@@ -79,11 +79,15 @@ def read_queries(paths: Sequence[Path]) -> list[LabelledQuery]:
 
 
 def refuse_overlap(groups: Mapping[str, Sequence[Query]]) -> None:
-    """Raise TrainingDataError if a query is in two of the named groups, whose comparison would then prove nothing."""
-    seen: dict[Query, tuple[str, Query]] = {}
+    """Raise TrainingDataError if a query is in two of the named groups, whose comparison would then prove nothing.
+
+    Case and white space make no difference: such twins are one query to the gate.
+    """
+    seen: dict[tuple[tuple[str, str], ...], tuple[str, Query]] = {}
     for name, queries in groups.items():
         for query in queries:
-            other, first = seen.setdefault(query, (name, query))
+            plain = tuple((role, " ".join(content.casefold().split())) for role, content in query.messages)
+            other, first = seen.setdefault(plain, (name, query))
             if other != name:
                 raise TrainingDataError(
                     f"{query.where}: field 'query' of this {name} row is also at {first.where}, an {other} row: "

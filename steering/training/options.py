@@ -16,11 +16,13 @@ from steering.training.fit_gate import Centre
 class TrainingOptions:
     """All that a profile is made of, but the model. Paths are JSONL files; see `data` for their rows.
 
+    `layer`: one, several to choose among, or "auto" for all. `cache`: the folder of extracted states; None keeps none.
+
     Without `ir` files the profile has no gate (method `caa` or `refusal_vector` only make sense so as baselines).
     """
 
     name: str
-    layer: int
+    layer: int | tuple[int, ...] | Literal["auto"]
     pairs: list[Path]
     ir: list[Path] = field(default_factory=list)
     general: list[Path] = field(default_factory=list)
@@ -38,3 +40,4 @@ class TrainingOptions:
     seed: int = 0
     batch_tokens: int = 8192
     force: bool = False
+    cache: Path | None = None

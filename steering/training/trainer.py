@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import warnings
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,18 +15,22 @@ from steering.errors import TrainingDataError
 from steering.gate import AlwaysOpenGate
 from steering.manifest import GateManifest, ModelReference, ProfileManifest
 from steering.profile import SteeringProfile
+from steering.training.cache import StateCache
 from steering.training.data import Pair, Query, file_record, read_pairs, read_queries, refuse_overlap
 from steering.training.extraction import query_states, shifts
 from steering.training.fit_experts import ExpertFit
 from steering.training.fit_gate import GateFit
+from steering.training.layers import LayerScore, choose_layer
 from steering.training.methods import expert_metrics, make_experts, make_gate
 from steering.training.options import TrainingOptions
+from steering.training.progress import progress_bar
 
 
 @dataclass(frozen=True)
 class Training:
     """A trained profile, and what its report shows. `pair_states`, `pair_shifts`: (N, d), a row for each distinct query
-    of the pairs (`pair_queries`)."""
+    of the pairs (`pair_queries`). `options.layer` is the chosen one; `layers`: the candidates' scores, if there were several.
+    """
 
     profile: SteeringProfile
     options: TrainingOptions
@@ -35,6 +40,10 @@ class Training:
     pair_shifts: Tensor
     gate: GateFit | None
     experts: ExpertFit | None
+    layers: list[LayerScore] = field(default_factory=list)
+
+
+QUICK_EPOCHS = 10  # of the experts that only compare layers
 
 
 def train(
@@ -55,8 +64,7 @@ def train(
         TrainingDataError, ModelError.
     """
     num_layers = len(decoder_layers(model))
-    if not 0 <= options.layer < num_layers:
-        raise TrainingDataError(f"--layer {options.layer}: the model has layers 0 to {num_layers - 1}.")
+    layers = _candidates(options.layer, num_layers)
     if options.ir and not options.general:
         raise TrainingDataError("--ir needs --general: a gate is chosen by how well it tells the two apart.")
     pairs = read_pairs(options.pairs)
@@ -66,19 +74,47 @@ def train(
     refuse_overlap({"pair": [p.query for p in pairs], "calibration": bare["calibration"]})
 
     common: dict[str, Any] = {"batch_tokens": options.batch_tokens, "progress": progress}
+    common["cache"] = StateCache(options.cache, model) if options.cache else None
     pair_queries = list(dict.fromkeys(p.query for p in pairs))
     wanted = list(dict.fromkeys([q for group in bare.values() for q in group] + pair_queries))
     row = {query: i for i, query in enumerate(wanted)}  # IR queries are often the pairs' own: each is read once
-    read = query_states(model, tokenizer, wanted, options.layer, **common)
-    gate_fit, gate, gate_manifest, gate_metrics = None, AlwaysOpenGate(), GateManifest("always"), {}
-    if ir:
-        states = {name: read[[row[q] for q in queries]] for name, queries in bare.items() if queries}
-        gate_fit, gate, gate_manifest, gate_metrics = make_gate(states, ir, calibration, options)
-
-    pair_states = read[[row[q] for q in pair_queries]]
-    pair_shifts = _mean_by_query(shifts(model, tokenizer, pairs, options.layer, **common), pairs, pair_queries)
+    read = query_states(model, tokenizer, wanted, layers, **common)  # (L, N, d)
+    pair_rows = [row[q] for q in pair_queries]
+    deltas = [_mean_by_query(d, pairs, pair_queries) for d in shifts(model, tokenizer, pairs, layers, **common)]
     harmful = {p.query for p in pairs if p.side == "harmful"}
     harmful_rows = torch.tensor([q in harmful for q in pair_queries])
+
+    def gate_states(index: int) -> dict[str, Tensor]:
+        return {name: read[index, [row[q] for q in queries]] for name, queries in bare.items() if queries}
+
+    scores: list[LayerScore] = []
+    if len(layers) > 1:
+        quick = replace(
+            options, force=True, experts=replace(options.experts, epochs=min(QUICK_EPOCHS, options.experts.epochs))
+        )
+        with progress_bar("layers", len(layers), progress) as advance, warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the chosen layer's are given below
+            for i, layer in enumerate(layers):
+                chosen = make_gate(gate_states(i), ir, calibration, quick)[0].chosen if ir else None
+                fit = make_experts(harmful_rows, read[i, pair_rows], deltas[i], quick, False)[0]
+                scores.append(
+                    LayerScore(
+                        layer,
+                        chosen.auc if chosen else None,
+                        chosen.fire_rate if chosen else None,
+                        fit.validation_error if fit else None,
+                    )
+                )
+                advance()
+        options = replace(options, layer=choose_layer(scores, len(ir), len(general)).layer)
+    else:
+        options = replace(options, layer=layers[0])
+    index = layers.index(options.layer)
+
+    gate_fit, gate, gate_manifest, gate_metrics = None, AlwaysOpenGate(), GateManifest("always"), {}
+    if ir:
+        gate_fit, gate, gate_manifest, gate_metrics = make_gate(gate_states(index), ir, calibration, options)
+    pair_states, pair_shifts = read[index, pair_rows], deltas[index]
     expert_fit, experts, experts_manifest = make_experts(harmful_rows, pair_states, pair_shifts, options, progress)
 
     manifest = ProfileManifest(
@@ -99,10 +135,19 @@ def train(
         tensors_sha256="",
         description=options.description,
         training=_record(options, pairs, bare, command),
-        metrics={"gate": gate_metrics, "experts": expert_metrics(expert_fit, pair_shifts)},
+        metrics={"gate": gate_metrics, "experts": expert_metrics(expert_fit, pair_shifts)}
+        | ({"layers": [asdict(score) for score in scores]} if scores else {}),
     )
     profile = SteeringProfile(manifest, gate, experts, weight_probe(model))
-    return Training(profile, options, pairs, pair_queries, pair_states, pair_shifts, gate_fit, expert_fit)
+    return Training(profile, options, pairs, pair_queries, pair_states, pair_shifts, gate_fit, expert_fit, scores)
+
+
+def _candidates(layer: int | tuple[int, ...] | str, num_layers: int) -> list[int]:
+    layers = list(range(num_layers)) if layer == "auto" else [layer] if isinstance(layer, int) else sorted(set(layer))
+    for number in layers:
+        if not 0 <= number < num_layers:
+            raise TrainingDataError(f"--layer {number}: the model has layers 0 to {num_layers - 1}.")
+    return layers
 
 
 def _mean_by_query(deltas: Tensor, pairs: list[Pair], queries: list[Query]) -> Tensor:

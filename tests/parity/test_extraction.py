@@ -94,3 +94,19 @@ def test_a_tokenizer_without_chat_template_and_an_impossible_layer_are_refused()
     tokenizer.chat_template = None
     with pytest.raises(ModelError, match="no chat template"):
         query_states(tiny_model(), tokenizer, queries(), 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_layers_in_one_pass_equal_single_rows_through_the_whole_model(family):
+    model, tokenizer = tiny_model(family), tiny_tokenizer()
+    layers = [0, 1, 2]  # transformers' last hidden state is normalised: not the last layer's output
+    before = [list(layer._forward_hooks) for layer in decoder_layers(model)]
+    found = query_states(model, tokenizer, queries(), range(4), batch_tokens=60)
+    assert [list(layer._forward_hooks) for layer in decoder_layers(model)] == before
+    assert not found.is_inference()
+    assert found.shape == (4, len(TEXTS), 64)
+    for layer in layers:
+        wanted = torch.stack([alone(model, prompt(tokenizer, t), layer)[-1] for t in TEXTS])
+        torch.testing.assert_close(found[layer], wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[3], query_states(model, tokenizer, queries(), 3), rtol=1e-4, atol=1e-4)
+    assert (found[1] - found[2]).abs().max() > 1e-2

@@ -129,3 +129,31 @@ def test_a_query_in_two_groups_is_refused_by_line(lab, tmp_path, group, source):
     result = train(lab, tmp_path / "x", **{group: leak})
     assert result.exit_code == 2 and not (tmp_path / "x").exists()
     assert "leak.jsonl:2" in result.output.replace("\n", "") or f"{source}.jsonl:1" in result.output.replace("\n", "")
+
+
+def test_the_layer_is_chosen_among_the_candidates_and_the_cache_changes_nothing(lab, tmp_path):
+    first = train(lab, tmp_path / "p", "--layer", "1-3")
+    again = train(lab, tmp_path / "q", "--layer", "1-3", "--cache", str(tmp_path / "p.cache"))
+    assert first.exit_code == again.exit_code == 0, first.output + again.output
+    files = [(tmp_path / out / "profile.safetensors").read_bytes() for out in "pq"]
+    assert files[0] == files[1] and not (tmp_path / "q.cache").exists()
+    manifest = SteeringProfile.load(tmp_path / "p").manifest
+    assert [score["layer"] for score in manifest.metrics["layers"]] == [1, 2, 3] and manifest.layer in (1, 2, 3)
+    alone = train(lab, tmp_path / "r", "--layer", str(manifest.layer), "--no-cache")
+    assert alone.exit_code == 0 and not (tmp_path / "r.cache").exists()
+    assert SteeringProfile.load(tmp_path / "r").manifest.metrics["gate"] == manifest.metrics["gate"]
+
+
+def test_a_leak_is_found_whatever_its_case_and_spaces(lab, tmp_path):
+    leak = tmp_path / "leak.jsonl"
+    leak.write_text(json.dumps({"query": "  How do I   BREAK thing 0 "}) + "\n")
+    result = train(lab, tmp_path / "x", calibration=leak)
+    assert result.exit_code == 2 and "worthless" in " ".join(result.output.split())
+
+
+def test_among_layers_that_separate_alike_the_validation_error_decides():
+    from steering.training.layers import LayerScore, choose_layer
+
+    alike = [LayerScore(3, 0.95, 0.1, 0.9), LayerScore(5, 0.945, 0.1, 0.5), LayerScore(7, 0.6, 0.5, 0.1)]
+    assert choose_layer(alike, 100, 100).layer == 5
+    assert choose_layer(alike, 100_000, 100_000).layer == 3  # with so many rows 0.005 is a difference

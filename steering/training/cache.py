@@ -1,0 +1,53 @@
+"""Extracted states on disk: one safetensors file for each window of rows, named by all that its numbers depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from steering.architecture import config_sha256, weight_probe
+
+
+class StateCache:
+    """Finds and keeps the states of a window of rows. A file that is broken counts as absent, with a warning."""
+
+    def __init__(self, folder: Path, model: nn.Module) -> None:
+        self.folder = folder
+        probe = weight_probe(model)
+        digest = hashlib.sha256(f"{config_sha256(model)} {model.dtype} {probe.dtype}".encode())
+        digest.update(probe.detach().float().cpu().contiguous().numpy().tobytes())
+        self._model = digest.hexdigest()
+
+    def path(self, layers: Sequence[int], rows: Sequence[tuple[list[int], int]]) -> Path:
+        """The window's file. `rows`: token ids (so template and text are in the name, too) and where the answer starts."""
+        text = json.dumps([self._model, list(layers), rows], separators=(",", ":"))
+        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
+
+    def load(self, path: Path, shape: tuple[int, ...]) -> Tensor | None:
+        """(L, N, d) float32 if the file is there and whole."""
+        if not path.exists():
+            return None
+        try:
+            states = load_file(path)["states"]
+        except (SafetensorError, KeyError, OSError) as error:
+            warnings.warn(f"cache file {path.name} is broken ({error}); its rows are computed again.", stacklevel=2)
+            return None
+        if tuple(states.shape) != shape:
+            warnings.warn(f"cache file {path.name} has another shape; its rows are computed again.", stacklevel=2)
+            return None
+        return states
+
+    def save(self, path: Path, states: Tensor) -> None:
+        """Write whole or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        save_file({"states": states.contiguous()}, part)
+        part.replace(path)

@@ -1,0 +1,69 @@
+"""What an interrupted extraction leaves is used again, and only where it is the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from steering.training import extraction
+from steering.training.cache import StateCache
+from steering.training.data import Query
+from tests.tiny import tiny_model, tiny_tokenizer
+
+
+def queries(n):
+    return [Query((("user", f"query {i}"),), f"t:{i}") for i in range(n)]
+
+
+def counted(model):
+    rows = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _m, args: rows.append(len(args[0])))
+    return rows
+
+
+def test_an_interrupted_extraction_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(extraction, "WINDOW", 4)
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    wanted = extraction.query_states(model, tokenizer, queries(10), [0, 2])
+    rows, cache = counted(model), StateCache(tmp_path, model)
+    real = extraction.encode_query
+
+    def encode(tokenizer, query):
+        if query.where == "t:9":
+            raise KeyboardInterrupt
+        return real(tokenizer, query)
+
+    monkeypatch.setattr(extraction, "encode_query", encode)
+    with pytest.raises(KeyboardInterrupt):
+        extraction.query_states(model, tokenizer, queries(10), [0, 2], cache=cache)
+    assert sum(rows) == 8
+    monkeypatch.setattr(extraction, "encode_query", real)
+    found = extraction.query_states(model, tokenizer, queries(10), [0, 2], cache=cache)
+    assert sum(rows) == 10
+    torch.testing.assert_close(found, wanted)
+
+
+def test_a_truncated_file_is_computed_again_with_a_word(tmp_path):
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    cache = StateCache(tmp_path, model)
+    wanted = extraction.query_states(model, tokenizer, queries(3), 1, cache=cache)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.warns(UserWarning, match="computed again"):
+        found = extraction.query_states(model, tokenizer, queries(3), 1, cache=cache)
+    assert torch.equal(found, wanted)
+
+
+def test_another_model_layer_or_text_finds_nothing(tmp_path):
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    extraction.query_states(model, tokenizer, queries(3), 1, cache=StateCache(tmp_path, model))
+    rows = counted(model)
+    extraction.query_states(model, tokenizer, queries(3), 1, cache=StateCache(tmp_path, model))
+    assert rows == []
+    extraction.query_states(model, tokenizer, queries(3), 2, cache=StateCache(tmp_path, model))
+    extraction.query_states(model, tokenizer, queries(2), 1, cache=StateCache(tmp_path, model))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    extraction.query_states(model, tokenizer, queries(3), 1, cache=StateCache(tmp_path, model))
+    assert sum(rows) == 8
