@@ -48,6 +48,9 @@ def train(
         Path | None, typer.Option(help="folder of extracted states, to go on after an interruption; default: OUT.cache")
     ] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="keep no extracted states")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check the data and estimate the cost; write nothing")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="save a gate even if it is inverted")] = False,
 ) -> None:
     """Make a steering profile from examples."""
@@ -77,6 +80,7 @@ def train(
     from server.config import demo_folder
     from server.engine.native.load import load_model
     from steering.training.card import write_card
+    from steering.training.dry_run import estimate
     from steering.training.fit_experts import ExpertOptions
     from steering.training.options import TrainingOptions
     from steering.training.report import write_report
@@ -111,9 +115,18 @@ def train(
             disable_progress_bar()  # ours tell more
             loaded = load_model(reference, dtype=dtype, device=device)
             loaded.set_attn_implementation("sdpa" if loaded._supports_sdpa else "eager")
+            tokenizer = AutoTokenizer.from_pretrained(reference)
+            if dry_run:
+                cost = estimate(loaded, tokenizer, options, progress=True)
+                console.print(
+                    f"Would read {cost.layers} layers' states of {cost.queries} queries and {cost.pairs} pairs: "
+                    f"{cost.tokens:,} tokens, about {cost.seconds:.0f} s before the fits, "
+                    f"{cost.state_bytes / 2**20:.1f} MiB of states. Nothing was written."
+                )
+                return
             training = run(
                 loaded,
-                AutoTokenizer.from_pretrained(reference),
+                tokenizer,
                 options,
                 model_id=Path(reference).name if Path(reference).is_dir() else reference,
                 command=command_line(),

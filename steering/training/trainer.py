@@ -16,7 +16,7 @@ from steering.gate import AlwaysOpenGate
 from steering.manifest import GateManifest, ModelReference, ProfileManifest
 from steering.profile import SteeringProfile
 from steering.training.cache import StateCache
-from steering.training.data import Pair, Query, file_record, read_pairs, read_queries, refuse_overlap
+from steering.training.data import LabelledQuery, Pair, Query, file_record, read_pairs, read_queries, refuse_overlap
 from steering.training.extraction import query_states, shifts
 from steering.training.fit_experts import ExpertFit
 from steering.training.fit_gate import GateFit
@@ -64,14 +64,10 @@ def train(
         TrainingDataError, ModelError.
     """
     num_layers = len(decoder_layers(model))
-    layers = _candidates(options.layer, num_layers)
-    if options.ir and not options.general:
-        raise TrainingDataError("--ir needs --general: a gate is chosen by how well it tells the two apart.")
-    pairs = read_pairs(options.pairs)
-    ir, general, calibration = (read_queries(getattr(options, k)) for k in ("ir", "general", "calibration"))
-    bare = {k: [q.query for q in v] for k, v in (("IR", ir), ("general", general), ("calibration", calibration))}
-    refuse_overlap(bare)
-    refuse_overlap({"pair": [p.query for p in pairs], "calibration": bare["calibration"]})
+    layers = candidates(options.layer, num_layers)
+    pairs, bare_rows = read_examples(options)
+    ir, general, calibration = bare_rows.values()
+    bare = {name: [q.query for q in rows] for name, rows in bare_rows.items()}
 
     common: dict[str, Any] = {"batch_tokens": options.batch_tokens, "progress": progress}
     common["cache"] = StateCache(options.cache, model) if options.cache else None
@@ -142,7 +138,21 @@ def train(
     return Training(profile, options, pairs, pair_queries, pair_states, pair_shifts, gate_fit, expert_fit, scores)
 
 
-def _candidates(layer: int | tuple[int, ...] | str, num_layers: int) -> list[int]:
+def read_examples(options: TrainingOptions) -> tuple[list[Pair], dict[str, list[LabelledQuery]]]:
+    """The pairs, and the queries as "IR", "general" and "calibration", in this order. Raises TrainingDataError."""
+    if options.ir and not options.general:
+        raise TrainingDataError("--ir needs --general: a gate is chosen by how well it tells the two apart.")
+    pairs = read_pairs(options.pairs)
+    names = {"IR": options.ir, "general": options.general, "calibration": options.calibration}
+    rows = {name: read_queries(paths) for name, paths in names.items()}
+    bare = {name: [q.query for q in found] for name, found in rows.items()}
+    refuse_overlap(bare)
+    refuse_overlap({"pair": [p.query for p in pairs], "calibration": bare["calibration"]})
+    return pairs, rows
+
+
+def candidates(layer: int | tuple[int, ...] | str, num_layers: int) -> list[int]:
+    """The layers to compare, ascending. Raises TrainingDataError for one that the model does not have."""
     layers = list(range(num_layers)) if layer == "auto" else [layer] if isinstance(layer, int) else sorted(set(layer))
     for number in layers:
         if not 0 <= number < num_layers:

@@ -157,3 +157,13 @@ def test_among_layers_that_separate_alike_the_validation_error_decides():
     alike = [LayerScore(3, 0.95, 0.1, 0.9), LayerScore(5, 0.945, 0.1, 0.5), LayerScore(7, 0.6, 0.5, 0.1)]
     assert choose_layer(alike, 100, 100).layer == 5
     assert choose_layer(alike, 100_000, 100_000).layer == 3  # with so many rows 0.005 is a difference
+
+
+def test_a_dry_run_counts_checks_and_writes_nothing(lab, tmp_path):
+    result = train(lab, tmp_path / "p", "--layer", "auto", "--dry-run")
+    said = " ".join(result.output.split())
+    assert result.exit_code == 0 and "4 layers' states of 180 queries and 120 pairs" in said, said
+    assert list(tmp_path.iterdir()) == []
+    leak = tmp_path / "leak.jsonl"
+    leak.write_text(json.dumps({"query": "how do I break thing 0"}) + "\n")
+    assert train(lab, tmp_path / "p", "--dry-run", calibration=leak).exit_code == 2
