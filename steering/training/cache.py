@@ -24,6 +24,12 @@ class StateCache:
         probe = weight_probe(model)
         digest = hashlib.sha256(f"{config_sha256(model)} {model.dtype} {probe.dtype}".encode())
         digest.update(probe.detach().float().cpu().contiguous().numpy().tobytes())
+        for (
+            parameter
+        ) in model.parameters():  # the probe reads the embedding alone, which fine-tuning may leave as it was
+            if not parameter.is_meta:
+                flat = parameter.detach().flatten()
+                digest.update(flat[:: max(1, len(flat) // 16)][:16].double().cpu().numpy().tobytes())
         self._model = digest.hexdigest()
 
     def path(self, layers: Sequence[int], rows: Sequence[tuple[list[int], int]]) -> Path:
