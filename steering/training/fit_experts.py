@@ -14,6 +14,7 @@ from torch import Tensor
 
 from steering.errors import TrainingDataError
 from steering.experts import MixtureOfSteeringExperts
+from steering.training.principal import principal_directions
 from steering.training.progress import progress_bar
 
 
@@ -109,14 +110,13 @@ def _initial(
 ) -> MixtureOfSteeringExperts:
     """Untrained experts: random projections, and an MLP that starts by adding nothing."""
     d, m = states.shape[1], min(options.residual_rank, states.shape[1])
-    gram = shifts.double().T @ shifts.double()
-    directions = torch.linalg.eigh(gram).eigenvectors.flip(-1)[:, :m]
+    directions = principal_directions(shifts, m)
     query = torch.nn.Linear(d, options.key_size, bias=False).weight
     key = torch.nn.Linear(d, options.key_size, bias=False).weight
     hidden = torch.nn.Linear(d, options.hidden_size)
     return MixtureOfSteeringExperts(
         prototypes=prototypes,
-        residual_basis=directions.float().contiguous(),
+        residual_basis=directions,
         query_projection=query,
         key_projection=key,
         hidden_weight=hidden.weight,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from steering.errors import TrainingDataError
 from steering.gate import QuantileGate, energy_ratio
+from steering.training.principal import Moments
 from steering.training.statistics import auc
 
 Centre = Literal["none", "general", "ir"]
@@ -93,15 +95,15 @@ def fit_gate(
     ranks = [r for r in RANKS if r <= highest] if rank == "auto" else [rank]
     centres = CENTRES if centre == "auto" else (centre,)
 
-    candidates, ratios = [], {}
+    ir_states, general_states = ir_states.float(), general_states.float()
+    moments = Moments.of(ir_states, ir_states.mean(0))
+    candidates, ratios = [], _cross_fitted(ir_states, general_states, moments, centres, ranks, seed)
     for c in centres:
-        ir_by_rank, general_by_rank = _cross_fitted(ir_states.float(), general_states.float(), c, ranks, seed)
         for r in ranks:
-            ir, general = ir_by_rank[r], general_by_rank[r]
+            ir, general = ratios[c, r]
             threshold = ir.sort().values[max(int(tail * (len(ir) + 1)), 1) - 1]
             fire_rate = float((general >= threshold).float().mean())
             candidates.append(Candidate(c, r, auc(ir, general), fire_rate))
-            ratios[c, r] = (ir, general)
     lowest = min(c.fire_rate for c in candidates)
     good = lowest + (lowest * (1 - lowest) / len(general_states)) ** 0.5
     best = min(
@@ -112,8 +114,8 @@ def fit_gate(
             f"the best gate is inverted: general queries score higher than IR ones (AUC {best.auc:.2f}). Choose another layer, "
             "check that the IR and general files are not swapped, or pass --force to save it all the same."
         )
-    mean = _centre(best.centre, ir_states.float(), general_states.float())
-    basis = _principal_directions(ir_states.float() - mean, best.rank)
+    mean = _centre(best.centre, ir_states, general_states)
+    basis = moments.directions(mean, best.rank)
     ir_ratios, general_ratios = ratios[best.centre, best.rank]
     calibration = ir_ratios if calibration_states is None else energy_ratio(calibration_states, mean, basis)
     gate = QuantileGate(mean, basis, calibration.sort().values.contiguous(), tail, decay, floor)
@@ -136,32 +138,37 @@ def missed_out_of_sample(ratios: Tensor, tail: float, seed: int = 0) -> Tensor:
 
 
 def _cross_fitted(
-    ir: Tensor, general: Tensor, centre: Centre, ranks: list[int], seed: int
-) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """Each state's energy ratio under a subspace and centre fitted without its fold: {rank: (M,)}, {rank: (N,)}."""
+    ir: Tensor, general: Tensor, moments: Moments, centres: Sequence[Centre], ranks: list[int], seed: int
+) -> dict[tuple[Centre, int], tuple[Tensor, Tensor]]:
+    """Each state's energy ratio under a subspace and centre fitted without its fold: {(centre, rank): ((M,), (N,))}.
+
+    `moments`: all IR states'. Without a fold they are the difference, so that no product over all states is made twice.
+    """
     generator = torch.Generator().manual_seed(seed)
     ir_folds = torch.randperm(len(ir), generator=generator) % FOLDS
     general_folds = torch.randperm(len(general), generator=generator) % FOLDS
-    ir_ratios = {r: torch.empty(len(ir)) for r in ranks}
-    general_ratios = {r: torch.empty(len(general)) for r in ranks}
+    ratios = {(c, r): (torch.empty(len(ir)), torch.empty(len(general))) for c in centres for r in ranks}
     for fold in range(FOLDS):
-        mean = _centre(centre, ir[ir_folds != fold], general[general_folds != fold])
-        basis = _principal_directions(ir[ir_folds != fold] - mean, max(ranks))
-        for r in ranks:
-            ir_ratios[r][ir_folds == fold] = energy_ratio(ir[ir_folds == fold], mean, basis[:, :r])
-            general_ratios[r][general_folds == fold] = energy_ratio(general[general_folds == fold], mean, basis[:, :r])
-    return ir_ratios, general_ratios
+        held_out = [(states, folds == fold) for states, folds in ((ir, ir_folds), (general, general_folds))]
+        others = moments - Moments.of(ir[ir_folds == fold], moments.reference)
+        for c in centres:
+            mean = _centre(c, ir[ir_folds != fold], general[general_folds != fold])
+            basis = others.directions(mean, max(ranks))
+            for side, (states, mine) in enumerate(held_out):
+                by_rank = _energy_ratios(states[mine], mean, basis, ranks)
+                for r in ranks:
+                    ratios[c, r][side][mine] = by_rank[r]
+    return ratios
+
+
+def _energy_ratios(states: Tensor, mean: Tensor, basis: Tensor, ranks: list[int]) -> dict[int, Tensor]:
+    """`energy_ratio` under the first r columns of the basis, for each r of `ranks`, by one product: {r: (N,)}."""
+    centred = states - mean
+    inside = (centred @ basis).square().cumsum(-1)  # (N, R)
+    total = centred.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return {r: (inside[:, r - 1] / total).clamp(max=1.0) for r in ranks}
 
 
 def _centre(centre: Centre, ir: Tensor, general: Tensor) -> Tensor:
     """μ for each choice of centre: (d,)."""
     return {"none": torch.zeros(ir.shape[1]), "general": general.mean(0), "ir": ir.mean(0)}[centre]
-
-
-def _principal_directions(centred: Tensor, rank: int) -> Tensor:
-    """The top right singular vectors of (M, d) states, as orthonormal columns (d, r); through the d × d Gram matrix, in
-    float64, whose cost grows linearly with M."""
-    gram = centred.double().T @ centred.double()
-    vectors = torch.linalg.eigh(gram).eigenvectors.flip(-1)[:, :rank]  # eigh sorts ascending
-    signs = torch.sign(vectors[vectors.abs().argmax(0), torch.arange(rank)])
-    return (vectors * signs).float().contiguous()
