@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import typer
 
+from server.lab.calibrate import calibrate
 from server.lab.inspect import inspect
 from server.lab.train import train
 
 
 def register(app: typer.Typer) -> None:
     """Add the lab's commands."""
-    for command in (train, inspect):
+    for command in (train, calibrate, inspect):
         app.command()(command)

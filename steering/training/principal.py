@@ -61,7 +61,9 @@ class Moments:
             """Σ (x − centre)(x − centre)ᵀ B: the Gram matrix about the reference and a change of rank two."""
             inside = c @ block
             return (
-                self.gram @ block - self.total[:, None] * inside + c[:, None] * (self.count * inside - self.total @ block)
+                self.gram @ block
+                - self.total[:, None] * inside
+                + c[:, None] * (self.count * inside - self.total @ block)
             )
 
         vectors = top_eigenvectors(product, len(c), rank)
