@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -30,7 +32,11 @@ def train(
     ] = None,
     method: Annotated[str, typer.Option(help="finesteer, caa or refusal_vector")] = "finesteer",
     description: Annotated[str, typer.Option(help="one line for people")] = "",
-    strength: Annotated[float, typer.Option(help="default strength λ")] = 1.0,
+    strength: Annotated[
+        str,
+        typer.Option(help="default strength λ; auto: by answers to a tenth of the examples, which then train nothing"),
+    ] = "1",
+    strengths: Annotated[str, typer.Option(help="what --strength auto tries")] = "0.25,0.5,0.75,1,1.5,2,3,4",
     positions: Annotated[str, typer.Option(help="all, or last (the prompt's last token and the answer)")] = "all",
     tail: Annotated[float, typer.Option(help="ε: share of IR queries that may fall under the threshold")] = 0.05,
     decay: Annotated[float, typer.Option(help="γ: how fast the gate closes under the threshold")] = 2.0,
@@ -70,6 +76,10 @@ def train(
     if not 0 < tail < 1 or decay <= 0 or not 0 <= floor < 1:
         stop(console, "--tail must lie between 0 and 1, --decay above 0, --floor in [0, 1).")
 
+    chosen = "auto" if strength == "auto" else _number(strength)
+    tried = [_number(word) for word in strengths.split(",")]
+    if chosen is None or None in tried or min(tried) <= 0:
+        stop(console, "--strength must be a number or auto, --strengths numbers above 0 such as 0.5,1,2.")
     layers = _layers(layer)
     if layers is None:
         stop(console, f"--layer {layer!r} must be a number, auto, a range as 8-20, or a list as 3,5,8.")
@@ -96,7 +106,7 @@ def train(
         calibration=calibration or [],
         method=method,
         description=description,
-        strength=strength,
+        strength=chosen,
         positions=positions,
         tail=tail,
         decay=decay,
@@ -132,8 +142,11 @@ def train(
                 command=command_line(),
                 progress=True,
             )
-        profile = training.profile.save(out)
-        training = type(training)(**{**vars(training), "profile": profile})
+        found = training.profile
+        if training.held_out is not None:
+            found = _choose_strength(found, training.held_out, loaded, tokenizer, tried, console)
+        profile = found.save(out)
+        training = replace(training, profile=profile)
         write_report(training, out)
         write_card(profile, out)
     except (SteeringError, OSError) as error:
@@ -155,6 +168,47 @@ def train(
     console.print(
         f"Wrote {out} in {time.perf_counter() - started:.0f} s. Serve it: finesteer serve --profile {profile.name}={out}"
     )
+
+
+def _choose_strength(profile, held_out, model, tokenizer, strengths, console):
+    """The profile with the strength that answers to the held-out examples are best at; prints the sweep."""
+    from rich.table import Table
+
+    from server.lab.answerer import NativeAnswerer
+    from steering.evaluation.judges import PairJudge
+    from steering.evaluation.strength import sweep_strength
+
+    manifest = profile.manifest
+    answerer = NativeAnswerer(model, tokenizer, [profile])
+    sweep = sweep_strength(
+        answerer,
+        profile.name,
+        held_out.pairs,
+        held_out.general,
+        PairJudge(),
+        strengths,
+        positions=manifest.positions,
+        progress=True,
+    )
+    table = Table(title=f"strength, judged by {sweep.judge}", title_justify="left")
+    for column in ("strength", "as preferred", "general refused", "broken text", "dose"):
+        table.add_column(column)
+    for point in sweep.points:
+        mark = " ←" if point.strength == sweep.chosen else ""
+        shares = map(str, (point.success, point.over_refusal, point.degenerate))
+        table.add_row(f"{point.strength:g}{mark}", *shares, f"{point.dose:.2f}")
+    console.print(table)
+    metrics = manifest.metrics | {"strength": asdict(sweep)}
+    return replace(profile, manifest=replace(manifest, strength=sweep.chosen, metrics=metrics))
+
+
+def _number(text: str) -> float | None:
+    """A finite number, or None."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
 
 
 def _layers(text: str) -> int | tuple[int, ...] | Literal["auto"] | None:

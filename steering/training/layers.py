@@ -19,8 +19,12 @@ class LayerScore:
     validation_error: float | None
 
 
+AUC_TOLERANCE = 0.01
+
+
 def choose_layer(scores: Sequence[LayerScore], num_ir: int, num_general: int) -> LayerScore:
-    """The layer of the least validation error among those whose AUC lies within one standard error of the best one's.
+    """The layer of the least validation error among those whose AUC lies within one standard error of the best one's, or within
+    `AUC_TOLERANCE`: near 1 the standard error vanishes, and the gate would outweigh whether steering works there at all.
 
     Ties, and layers without experts to validate: by the higher AUC, then the lower fire rate, then the lower layer.
     Args:
@@ -33,7 +37,7 @@ def choose_layer(scores: Sequence[LayerScore], num_ir: int, num_general: int) ->
             "--layer auto: neither a gate nor a validation error tells the layers apart. Give --ir and --general, or a layer."
         )
     aucs = [s.auc for s in scores if s.auc is not None]
-    least = max(aucs) - auc_standard_error(max(aucs), num_ir, num_general) if aucs else 0.0
+    least = max(aucs) - max(auc_standard_error(max(aucs), num_ir, num_general), AUC_TOLERANCE) if aucs else 0.0
 
     def key(score: LayerScore) -> tuple[float, float, float, int]:
         error = float("inf") if score.validation_error is None else score.validation_error

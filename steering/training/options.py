@@ -29,7 +29,7 @@ class TrainingOptions:
     calibration: list[Path] = field(default_factory=list)
     method: Method = "finesteer"
     description: str = ""
-    strength: float = 1.0
+    strength: float | Literal["auto"] = 1.0
     positions: Positions = "all"
     tail: float = 0.05
     decay: float = 2.0

@@ -20,6 +20,7 @@ from steering.training.data import LabelledQuery, Pair, Query, file_record, read
 from steering.training.extraction import query_states, shifts
 from steering.training.fit_experts import ExpertFit
 from steering.training.fit_gate import GateFit
+from steering.training.held_out import HeldOut, hold_out
 from steering.training.layers import LayerScore, choose_layer
 from steering.training.methods import expert_metrics, make_experts, make_gate
 from steering.training.options import TrainingOptions
@@ -28,7 +29,8 @@ from steering.training.progress import progress_bar
 
 @dataclass(frozen=True)
 class Training:
-    """A trained profile, and what its report shows. `pair_states`, `pair_shifts`: (N, d), a row for each distinct query
+    """A trained profile, and what its report shows. `held_out`: what was set aside for choosing the strength, where that is
+    "auto"; the profile's is 1 until then. `pair_states`, `pair_shifts`: (N, d), a row for each distinct query
     of the pairs (`pair_queries`). `options.layer` is the chosen one; `layers`: the candidates' scores, if there were several.
     """
 
@@ -41,6 +43,7 @@ class Training:
     gate: GateFit | None
     experts: ExpertFit | None
     layers: list[LayerScore] = field(default_factory=list)
+    held_out: HeldOut | None = None
 
 
 QUICK_EPOCHS = 10  # of the experts that only compare layers
@@ -66,6 +69,9 @@ def train(
     num_layers = len(decoder_layers(model))
     layers = candidates(options.layer, num_layers)
     pairs, bare_rows = read_examples(options)
+    held_out = None
+    if options.strength == "auto":
+        pairs, bare_rows, held_out = hold_out(pairs, bare_rows, options.seed)
     ir, general, calibration = bare_rows.values()
     bare = {name: [q.query for q in rows] for name, rows in bare_rows.items()}
 
@@ -125,7 +131,7 @@ def train(
         ),
         layer=options.layer,
         positions=options.positions,
-        strength=options.strength,
+        strength=1.0 if options.strength == "auto" else options.strength,
         gate=gate_manifest,
         experts=experts_manifest,
         tensors_sha256="",
@@ -135,7 +141,9 @@ def train(
         | ({"layers": [asdict(score) for score in scores]} if scores else {}),
     )
     profile = SteeringProfile(manifest, gate, experts, weight_probe(model))
-    return Training(profile, options, pairs, pair_queries, pair_states, pair_shifts, gate_fit, expert_fit, scores)
+    return Training(
+        profile, options, pairs, pair_queries, pair_states, pair_shifts, gate_fit, expert_fit, scores, held_out
+    )
 
 
 def read_examples(options: TrainingOptions) -> tuple[list[Pair], dict[str, list[LabelledQuery]]]:

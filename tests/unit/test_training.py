@@ -111,6 +111,8 @@ def test_inspect_prints_what_is_in_it_and_says_what_is_broken(lab, tmp_path):
         (("--rank", "many"), "--rank 'many'"),
         (("--tail", "2"), "--tail"),
         (("--rank", "63"), "rank 63 needs"),
+        (("--strength", "strong"), "--strength must be a number or auto"),
+        (("--strength", "auto", "--strengths", "0,1"), "--strengths numbers above 0"),
     ],
 )
 def test_impossible_options_are_refused_in_a_sentence(lab, tmp_path, extra, message):
@@ -154,9 +156,41 @@ def test_a_leak_is_found_whatever_its_case_and_spaces(lab, tmp_path):
 def test_among_layers_that_separate_alike_the_validation_error_decides():
     from steering.training.layers import LayerScore, choose_layer
 
-    alike = [LayerScore(3, 0.95, 0.1, 0.9), LayerScore(5, 0.945, 0.1, 0.5), LayerScore(7, 0.6, 0.5, 0.1)]
+    alike = [LayerScore(3, 0.95, 0.1, 0.9), LayerScore(5, 0.935, 0.1, 0.5), LayerScore(7, 0.6, 0.5, 0.1)]
     assert choose_layer(alike, 100, 100).layer == 5
-    assert choose_layer(alike, 100_000, 100_000).layer == 3  # with so many rows 0.005 is a difference
+    assert choose_layer(alike, 100_000, 100_000).layer == 3  # with so many rows 0.015 is a difference
+    perfect = [LayerScore(1, 0.996, 0.0, 0.05), LayerScore(4, 1.0, 0.0, 0.09)]
+    assert (
+        choose_layer(perfect, 400, 400).layer == 1
+    )  # a perfect gate has no standard error, and is not worth that much
+
+
+def test_strength_auto_is_judged_on_a_tenth_that_trained_nothing(lab, tmp_path):
+    arguments = ("--strength", "auto", "--strengths", "0.5,2")
+    for out in ("one", "two"):
+        result = train(lab, tmp_path / out, *arguments)
+        assert result.exit_code == 0, result.output
+    one, two = (SteeringProfile.load(tmp_path / out).manifest for out in ("one", "two"))
+    assert one.metrics == two.metrics and one.tensors_sha256 == two.tensors_sha256
+    sweep = one.metrics["strength"]
+    assert [p["strength"] for p in sweep["points"]] == [0, 0.5, 2] and one.strength == sweep["chosen"] in (0.5, 2)
+    assert all(p["success"]["n"] == 6 and p["over_refusal"]["n"] == 6 for p in sweep["points"])  # of 60 and 60
+    rows = {name: found["rows"] for name, found in one.training["data"].items()}
+    assert rows == {"pairs": 108, "IR": 54, "general": 54, "calibration": 60}
+    assert sweep["points"][0]["dose"] == 0 < sweep["points"][2]["dose"]
+
+
+def test_what_is_held_out_is_in_no_other_group_with_all_its_pairs(lab):
+    from steering.training.data import read_pairs, read_queries
+    from steering.training.held_out import hold_out
+
+    pairs = read_pairs([lab / "pairs.jsonl"])
+    rows = {name: read_queries([lab / f"{file}.jsonl"]) for name, file in (("IR", "ir"), ("general", "general"))}
+    left, kept, held = hold_out(pairs, rows | {"calibration": []}, 0)
+    aside = {p.query for p in held.pairs} | set(held.general)
+    assert len(held.pairs) == 12 and len({p.query for p in held.pairs}) == 6 and len(held.general) == 6
+    assert not aside & {p.query for p in left} and not aside & {r.query for found in kept.values() for r in found}
+    assert len(left) + len(held.pairs) == len(pairs)
 
 
 def test_a_dry_run_counts_checks_and_writes_nothing(lab, tmp_path):
