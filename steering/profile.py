@@ -83,7 +83,7 @@ class SteeringProfile:
 
         `name` renames it (the server's `--profile NAME=PATH`). Raises ProfileError.
         """
-        folder = _folder(reference)
+        folder = profile_folder(reference)
         manifest_path, tensor_path = folder / MANIFEST_FILE, folder / TENSOR_FILE
         for path in (manifest_path, tensor_path):
             if not path.is_file():
@@ -134,7 +134,7 @@ class SteeringProfile:
         return tensors
 
 
-def _folder(reference: str | Path) -> Path:
+def profile_folder(reference: str | Path) -> Path:
     """The folder behind a path or a hub id. Raises ProfileError where neither is to be had."""
     folder = Path(reference)
     if folder.is_dir():
@@ -145,7 +145,7 @@ def _folder(reference: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(reference), allow_patterns=[MANIFEST_FILE, TENSOR_FILE]))
+        return Path(snapshot_download(str(reference), allow_patterns=[MANIFEST_FILE, TENSOR_FILE, "evidence.json"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ProfileError(
             f"{reference}: neither a folder here nor a repository that the hub would give us "

@@ -54,6 +54,9 @@ def train(
         Path | None, typer.Option(help="folder of extracted states, to go on after an interruption; default: OUT.cache")
     ] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="keep no extracted states")] = False,
+    no_examples: Annotated[
+        bool, typer.Option("--no-examples", help="quote no training query in the report and its evidence")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="check the data and estimate the cost; write nothing")
     ] = False,
@@ -89,11 +92,11 @@ def train(
 
     from server.config import demo_folder
     from server.engine.native.load import load_model
+    from steering.report import write_report
     from steering.training.card import write_card
     from steering.training.dry_run import estimate
     from steering.training.fit_experts import ExpertOptions
     from steering.training.options import TrainingOptions
-    from steering.training.report import write_report
     from steering.training.trainer import train as run
 
     reference = model or str(demo_folder() / "demo")
@@ -147,7 +150,7 @@ def train(
             found = _choose_strength(found, training.held_out, loaded, tokenizer, tried, console)
         profile = found.save(out)
         training = replace(training, profile=profile)
-        write_report(training, out)
+        write_report(training, out, examples=not no_examples)
         write_card(profile, out)
     except (SteeringError, OSError) as error:
         stop(console, str(error))

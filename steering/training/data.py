@@ -44,12 +44,13 @@ class LabelledQuery:
 
 @dataclass(frozen=True)
 class Pair:
-    """A query with the answer that is wanted and the one that is not. `side`: say "harmful" or "borderline"."""
+    """A query with the answer that is wanted and the one that is not. `side`: say "harmful" or "borderline"; `kind`: a label."""
 
     query: Query
     preferred: str
     undesired: str
     side: str | None = None
+    kind: str | None = None
 
 
 def read_pairs(paths: Sequence[Path]) -> list[Pair]:
@@ -64,7 +65,7 @@ def read_pairs(paths: Sequence[Path]) -> list[Pair]:
                     f"{where}: 'preferred' and 'undesired' are the same answer, so there is no shift to learn. "
                     "Change one of them or remove the row."
                 )
-            pairs.append(Pair(query, preferred, undesired, row.get("side")))
+            pairs.append(Pair(query, preferred, undesired, row.get("side"), row.get("kind")))
     return pairs
 
 

@@ -9,54 +9,12 @@ from typer.testing import CliRunner
 
 from server.cli import app
 from steering.profile import SteeringProfile
-from tests.tiny import save_tiny_checkpoint
-
-HARMFUL, CALM = ("how do I break {}", "steal the {} now", "hurt {}"), ("the quick {}", "bake a {}", "a {} and a vector")
-
-
-def rows(templates, numbers):
-    return [t.format(f"thing {n}") for n in numbers for t in templates]
+from tests.lab import make_lab, train
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """A folder with a checkpoint and the four files."""
-    folder = tmp_path_factory.mktemp("lab")
-    save_tiny_checkpoint(folder / "model")
-    harmful = rows(HARMFUL, range(20))
-    files = {
-        "ir": [{"query": q} for q in harmful],
-        "general": [{"query": q} for q in rows(CALM, range(20))],
-        "calibration": [{"query": q} for q in rows(HARMFUL, range(50, 70))],
-        "pairs": [
-            {"query": q, "preferred": f"no {p}, not that", "undesired": f"yes {p}, the fox", "side": side}
-            for i, q in enumerate(harmful)
-            for side in ["harmful" if i % 2 else "borderline"]
-            for p in "ab"
-        ],
-    }
-    for name, content in files.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
-    return folder
-
-
-def train(lab, out, *extra, **replaced):
-    files = {name: lab / f"{name}.jsonl" for name in ("pairs", "ir", "general", "calibration")} | replaced
-    arguments = [word for name, path in files.items() for word in (f"--{name}", str(path))]
-    options = [
-        "--model",
-        str(lab / "model"),
-        "--layer",
-        "1",
-        "--name",
-        "t",
-        "--out",
-        str(out),
-        "--epochs",
-        "3",
-        "--force",
-    ]
-    return CliRunner().invoke(app, ["train", *arguments, *options, *extra])
+    return make_lab(tmp_path_factory.mktemp("lab"))
 
 
 def test_train_writes_a_profile_that_loads_twice_the_same_and_names_no_folder(lab, tmp_path):

@@ -1,0 +1,100 @@
+"""What the figures need and a profile's tensors do not hold: collected once, by the trainer, into `evidence.json`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from steering.errors import ProfileError
+from steering.training.fit_experts import ExpertFit
+from steering.training.trainer import Training
+
+FILE = "evidence.json"
+MAX_POINTS = 2000
+NUM_EXAMPLES = 3
+DIGITS = 4
+
+
+def collect(training: Training, examples: bool = True) -> dict[str, Any]:
+    """Out-of-sample energy ratios, the shifts in two dimensions, each expert's labels and nearest queries, routing entropies.
+
+    Args:
+        examples: whether training queries may be quoted; without, no text of theirs is in the result.
+    Returns:
+        Plain JSON: numbers rounded to `DIGITS`, at most `MAX_POINTS` rows of a kind (evenly spaced ones).
+    """
+    found: dict[str, Any] = {"examples": examples}
+    if training.gate is not None:
+        found["gate"] = {
+            "ir": _rounded(_some(training.gate.ir_ratios.sort().values)),
+            "general": _rounded(_some(training.gate.general_ratios.sort().values)),
+        }
+    if training.experts is not None:
+        found["experts"] = _experts(training, training.experts, examples)
+    return found
+
+
+def save(evidence: dict[str, Any], folder: Path) -> None:
+    """Write it beside the profile; no part of the profile's version."""
+    (folder / FILE).write_text(json.dumps(evidence, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """The folder's evidence; empty where there is none (an imported profile). Raises ProfileError for a damaged file."""
+    path = folder / FILE
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ProfileError(f"{path}: not valid JSON ({error}). Delete it, or train the profile again.") from error
+
+
+def _experts(training: Training, fit: ExpertFit, examples: bool) -> dict[str, Any]:
+    """The shifts, length 1, and the prototypes along the shifts' first two principal directions, and who is near whom."""
+    unit = torch.nn.functional.normalize(training.pair_shifts, dim=-1)
+    centre = unit.mean(0)
+    directions = np.linalg.svd((unit - centre).numpy(), full_matrices=False)[2][:2].T
+    points = (unit - centre).numpy() @ directions
+    prototypes = fit.experts.prototypes
+    routing = fit.experts.routing(training.pair_states).detach()
+    entropy = -(routing * routing.clamp_min(1e-12).log()).sum(-1) / math.log(max(len(prototypes), 2))
+    labels = {pair.query: pair.kind or pair.side for pair in training.pairs}
+    rows = _some(torch.arange(len(points))).tolist()
+    described = []
+    for k in range(len(prototypes)):
+        mine = np.flatnonzero(fit.clusters == k)
+        distance = (unit[mine] - prototypes[k]).norm(dim=-1)
+        nearest = mine[distance.argsort().numpy()[:NUM_EXAMPLES]]
+        counts = Counter(labels[training.pair_queries[i]] for i in mine)
+        described.append(
+            {
+                "size": len(mine),
+                "labels": {label: count for label, count in counts.most_common(6) if label},
+                "nearest": [training.pair_queries[i].chat[-1]["content"] for i in nearest] if examples else [],
+            }
+        )
+    return {
+        "points": [[*_rounded(points[i]), int(fit.clusters[i])] for i in rows],
+        "prototypes": [_rounded(p) for p in (prototypes - centre).numpy() @ directions],
+        "experts": described,
+        "entropy": _rounded(_some(entropy.sort().values)),
+        "curve": [_rounded(epoch) for epoch in fit.curve],
+    }
+
+
+def _some(rows: torch.Tensor) -> torch.Tensor:
+    """At most `MAX_POINTS` of the rows, evenly spaced."""
+    if len(rows) <= MAX_POINTS:
+        return rows
+    return rows[torch.linspace(0, len(rows) - 1, MAX_POINTS, dtype=torch.float64).long()]
+
+
+def _rounded(numbers) -> list[float]:
+    return [round(float(x), DIGITS) for x in numbers]

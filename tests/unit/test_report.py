@@ -1,0 +1,137 @@
+"""The report: whole, safe, the same each time, and true to the manifest."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+from typer.testing import CliRunner
+
+from server.cli import app
+from steering.profile import SteeringProfile
+from tests.lab import make_lab, train
+
+VOID = {"meta", "br", "path", "use", "image", "stop"}
+
+
+class Page(HTMLParser):
+    """Collects text and links, and raises on a tag that is closed out of order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.text, self.links, self.tags = [], [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [v for k, v in attrs if k in ("href", "src", "xlink:href") and not v.startswith(("#", "data:"))]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    folder = make_lab(tmp_path_factory.mktemp("lab"))
+    rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["query"] = row["query"].replace("thing", "<script>alert(1)</script> thing")
+        row["kind"] = "a & b"
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(lab, tmp_path_factory):
+    out = tmp_path_factory.mktemp("profiles") / "p"
+    result = train(lab, out, "--layer", "auto", "--strength", "auto", "--strengths", "1,2")
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_the_page_stands_alone_and_quotes_safely(folder):
+    text = (folder / "report.html").read_text()
+    page = Page(text)
+    assert page.links == [] and "script" not in page.tags and not re.search(r"url\((?!#)|@import", text)
+    assert "<script>alert(1)</script>" in "".join(page.text)  # as text
+    assert page.tags.count("svg") == 9 and len(list(folder.glob("report_*.svg"))) == 9
+
+
+def test_its_numbers_are_the_manifests(folder):
+    manifest = SteeringProfile.load(folder).manifest
+    text = "".join(Page((folder / "report.html").read_text()).text)
+    gate = manifest.metrics["gate"]
+    assert f"fires in {gate['general_fired']['share']:.1%}" in text and f"n = {gate['general_fired']['n']}" in text
+    assert f"From {manifest.gate.threshold:.3f} on" in text
+    assert all(f"Expert {k}, {n} queries" in text for k, n in enumerate(manifest.metrics["experts"]["cluster_sizes"]))
+
+
+def test_inspect_makes_the_same_report_again_from_the_folder_alone(folder, tmp_path):
+    again = tmp_path / "again"
+    shutil.copytree(folder, again, ignore=shutil.ignore_patterns("report*"))
+    result = CliRunner().invoke(app, ["inspect", str(again), "--html"])
+    assert result.exit_code == 0, result.output
+    assert {p.name for p in again.iterdir()} == {p.name for p in folder.iterdir()}
+    for path in folder.glob("report*"):
+        assert (again / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_without_evidence_the_page_says_what_is_left_out_and_damaged_evidence_is_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "p", ignore=shutil.ignore_patterns("report*"))
+    (tmp_path / "p" / "evidence.json").write_text("{")
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path / "p"), "--html"])
+    assert result.exit_code == 2 and "evidence.json: not valid JSON" in " ".join(result.output.split())
+    (tmp_path / "p" / "evidence.json").unlink()
+    assert CliRunner().invoke(app, ["inspect", str(tmp_path / "p"), "--html"]).exit_code == 0
+    text = (tmp_path / "p" / "report.html").read_text()
+    assert "no evidence.json" in text and text.count("<svg") == 4 and "What each expert" not in text
+
+
+def test_no_examples_leaves_no_training_text_in_the_folder(lab, tmp_path):
+    assert train(lab, tmp_path / "p", "--no-examples").exit_code == 0
+    for path in (tmp_path / "p").glob("*.[hjm]*"):
+        assert "alert(1)" not in path.read_text() and "thing 1" not in path.read_text(), path.name
+    text = (tmp_path / "p" / "report.html").read_text()
+    assert "left out of this report, by choice" in text and "a &amp; b" in text
+
+
+@pytest.mark.parametrize("method", ["caa", "refusal_vector"])
+def test_a_baseline_has_the_gates_sections_only(lab, tmp_path, method):
+    assert train(lab, tmp_path / "p", "--method", method).exit_code == 0
+    text = (tmp_path / "p" / "report.html").read_text()
+    assert text.count("<svg") == 3 and "What each expert" not in text and "the gate" in text
+
+
+def test_warnings_name_what_is_weak():
+    from dataclasses import replace
+
+    from steering.report.page import warnings
+    from tests.tiny import tiny_model, tiny_profile
+
+    manifest = tiny_profile(tiny_model()).manifest
+    weak = {
+        "gate": {"auc": 0.7, "missed_by_source": {"few": {"share": 0, "n": 5, "low": 0, "high": 0.52}}},
+        "experts": {"validation_error": 0.9, "validation_error_mean_vector": 0.8},
+    }
+    found = " ".join(warnings(replace(manifest, metrics=weak), {"examples": True}))
+    assert "AUC 0.70" in found and "few has 5 rows" in found and "no better than one mean vector" in found
+    sound = {
+        "gate": {"auc": 0.9, "missed_by_source": {"many": {"share": 0, "n": 500, "low": 0, "high": 0.01}}},
+        "experts": {"validation_error": 0.1, "validation_error_mean_vector": 0.8},
+    }
+    assert warnings(replace(manifest, metrics=sound), {"examples": True}) == []
