@@ -49,7 +49,11 @@ def _mib(num_bytes: int) -> str:
 
 def _profile(config: ServerConfig, name: str, manifest: ProfileManifest) -> Text:
     gate = manifest.gate
-    how = gate.kind if gate.threshold is None else f"{gate.kind}, opens at energy ratio {gate.threshold:.3g}"
+    how = gate.kind
+    if gate.kind == "quantile":
+        how += f", opens at energy ratio {gate.threshold:.3g}"
+    elif gate.kind == "cosine":
+        how += f", opens {gate.direction} {gate.threshold:.3g}"
     text = Text.assemble(
         (name, "bold"), f"  {manifest.method}, layer {manifest.layer}, strength {manifest.strength:g}, gate {how}"
     )

@@ -1,4 +1,5 @@
-"""MoSE, the mixture of steering experts: synthesizes a vector for each query. Frozen here; fitted in `steering.training`.
+"""MoSE, the mixture of steering experts: synthesizes a vector for each query; and the baselines' vectors. Frozen here; fitted
+in `steering.training`.
 
 Everything runs in float32, whatever the model's dtype; the vector is cast once, where it is added.
 """
@@ -30,13 +31,18 @@ class MixtureOfSteeringExperts:
     Deviations (ours): h is standardised first, z = (h − input_mean)/input_std; the sum is in units of σ = `shift_scale`,
     the root mean square norm of the training shifts, which is what makes the unit-length prototypes commensurate.
 
+    Variant `orthogonal_residual` (the authors' code): the values that routing mixes are W_V c_k, a learned projection of the
+    prototypes, which stay the keys. All that W_V ever does is (W_V − I)C, so that is what is stored and trained: K·d numbers
+    instead of d² and, as long as the prototypes are linearly independent, every W_V can be had so.
+
     Attributes:
-        prototypes: (K, d), C: centroids of the length-normalised shifts.
+        prototypes: (K, d), C: centroids of the length-normalised shifts (of the raw ones over σ in `orthogonal_residual`).
         residual_basis: (d, m), U_res, orthonormal columns (m may be 0).
         query_projection, key_projection: (d_k, d), W_Q and W_K.
         hidden_weight (f, d), hidden_bias (f,), output_weight (m, f), output_bias (m,): the two-layer ReLU MLP of β.
         input_mean, input_std: (d,).
         shift_scale: σ > 0.
+        value_projection: (K, d), (W_V − I)C by rows; zero is the identity W_V, None the standard variant, which has none.
     """
 
     prototypes: Tensor
@@ -50,13 +56,19 @@ class MixtureOfSteeringExperts:
     input_mean: Tensor
     input_std: Tensor
     shift_scale: float
+    value_projection: Tensor | None = None
+
+    @property
+    def values(self) -> Tensor:
+        """What routing mixes, W_V C: (K, d)."""
+        return self.prototypes if self.value_projection is None else self.prototypes + self.value_projection
 
     def __call__(self, states: Tensor) -> Synthesis:
         """Synthesize vectors for (N, d) states of any float dtype. Raises ShapeError if d is not the experts'."""
         standardised = self._standardise(states)
         routing = self._route(standardised)
         residual = self._coefficients(standardised) @ self.residual_basis.T  # (N, d)
-        vector = self.shift_scale * (routing @ self.prototypes + residual)
+        vector = self.shift_scale * (routing @ self.values + residual)
         return Synthesis(vector, routing, self.shift_scale * residual.norm(dim=-1))
 
     def routing(self, states: Tensor) -> Tensor:
@@ -104,4 +116,35 @@ class ConstantVector:
         return ConstantVector(self.vector.to(device))
 
 
-Experts = MixtureOfSteeringExperts | ConstantVector
+@dataclass(frozen=True)
+class LinearMap:
+    """v(h) = W h with W = `left` @ `right`: the `alphasteer` baseline, whose W = Δ P vanishes on general queries' states.
+
+    W is kept as its factors: AlphaSteer's has as many independent columns as the regression has targets, in its published
+    form one.
+
+    Attributes:
+        left: (d, k) float32; right: (k, d) float32.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    def __call__(self, states: Tensor) -> Synthesis:
+        """W h for (N, d) states of any float dtype. Raises ShapeError if d is not the map's."""
+        if states.shape[-1] != self.right.shape[1]:
+            raise ShapeError(f"states are {states.shape[-1]} wide, the map {self.right.shape[1]}")
+        return Synthesis((states.float() @ self.right.T) @ self.left.T, None, None)
+
+    @property
+    def gain(self) -> float:
+        """‖W‖₂, the most that ‖W h‖/‖h‖ can be. Waits for the device."""
+        inner = torch.linalg.qr(self.left.double()).R @ torch.linalg.qr(self.right.T.double()).R.T  # (k, k)
+        return float(torch.linalg.matrix_norm(inner, 2))
+
+    def to(self, device: torch.device | str) -> LinearMap:
+        """The same map on `device`."""
+        return LinearMap(self.left.to(device), self.right.to(device))
+
+
+Experts = MixtureOfSteeringExperts | ConstantVector | LinearMap

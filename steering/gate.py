@@ -1,4 +1,5 @@
-"""SCS, the gate: decides per query whether to steer, from the energy of its state inside the IR queries' subspace.
+"""SCS, the gate: decides per query whether to steer, from the energy of its state inside the IR queries' subspace. And the
+baselines' gates: CAST's hard threshold on a cosine, and none at all.
 
 Fitting is `steering.training`'s work; what is here is frozen and only applied. Everything is float32, batched, and free
 of host synchronisation.
@@ -7,12 +8,14 @@ of host synchronisation.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from steering.errors import ShapeError
+
+Direction = Literal["above", "below"]
 
 
 class GateReading(NamedTuple):
@@ -89,6 +92,57 @@ class QuantileGate:
         return replace(self, **{k: getattr(self, k).to(device) for k in ("mean", "basis", "calibration")})
 
 
+def condition_similarity(states: Tensor, condition: Tensor) -> Tensor:
+    """sim(h, tanh(proj_c h)): the cosine between a state and its projection on the condition vector (CAST, arXiv 2409.05907).
+
+    proj_c h = (c·h) c for a c of length 1; tanh by element, as the paper has it "in practice". Without the tanh this would
+    be |cos(h, c)|: the sign of c does not matter, and with it it does not either.
+
+    Args:
+        states: (N, d), any float dtype; not modified.
+        condition: (d,) float32, c, of length 1.
+    Returns:
+        (N,) float32 in [0, 1]; 0 where h or its projection is 0.
+    """
+    states = states.float()
+    projected = torch.tanh((states @ condition)[:, None] * condition)  # (N, d)
+    norms = torch.linalg.vector_norm(states, dim=-1) * torch.linalg.vector_norm(projected, dim=-1)
+    return ((states * projected).sum(-1) / norms.clamp_min(torch.finfo(torch.float32).tiny)).clamp(max=1.0)
+
+
+@dataclass(frozen=True)
+class CosineGate:
+    """g = 1 where sim(h, tanh(proj_c h)) is at least θ (or, direction "below", at most θ), else 0 (CAST).
+
+    Deviations (ours): h is the query's state at the profile's one site, where CAST averages the prompt's states at layers
+    of its own; ≥ and ≤ instead of > and <.
+
+    Attributes:
+        condition: (d,) float32, c, of length 1.
+        threshold: θ.
+        direction: on which side of θ the gate is open.
+    """
+
+    condition: Tensor
+    threshold: float
+    direction: Direction
+
+    def __call__(self, states: Tensor) -> GateReading:
+        """Read the gate for (N, d) states. Raises ShapeError if d is not the gate's."""
+        if states.shape[-1] != self.condition.shape[0]:
+            raise ShapeError(f"states are {states.shape[-1]} wide, the gate {self.condition.shape[0]}")
+        return GateReading(self.hard_gate(condition_similarity(states, self.condition)), None)
+
+    def hard_gate(self, similarity: Tensor) -> Tensor:
+        """The gate as a function of the similarity alone: (N,) → (N,) of 0 and 1. NaN stays NaN, so that it is seen."""
+        opens = similarity >= self.threshold if self.direction == "above" else similarity <= self.threshold
+        return torch.where(similarity.isnan(), similarity, opens.float())
+
+    def to(self, device: torch.device | str) -> CosineGate:
+        """The same gate with its tensors on `device`."""
+        return replace(self, condition=self.condition.to(device))
+
+
 @dataclass(frozen=True)
 class AlwaysOpenGate:
     """g = 1 for every query: the ungated baselines."""
@@ -102,4 +156,4 @@ class AlwaysOpenGate:
         return self
 
 
-Gate = QuantileGate | AlwaysOpenGate
+Gate = QuantileGate | CosineGate | AlwaysOpenGate

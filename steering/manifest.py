@@ -15,7 +15,8 @@ from steering.decision import Positions
 from steering.errors import ProfileError
 
 FORMAT_VERSION = 1
-Method = Literal["finesteer", "caa", "refusal_vector"]
+Method = Literal["finesteer", "caa", "refusal_vector", "alphasteer", "cast"]
+Variant = Literal["standard", "orthogonal_residual"]
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,10 @@ class ModelReference:
 
 @dataclass(frozen=True)
 class GateManifest:
-    """`quantile`: SCS with a calibrated threshold. `always`: no gate, g = 1 (METHOD's ungated baselines)."""
+    """`quantile`: SCS with a calibrated threshold. `cosine`: CAST's hard threshold on a cosine similarity, open on the side
+    that `direction` names. `always`: no gate, g = 1 (METHOD's ungated baselines)."""
 
-    kind: Literal["quantile", "always"]
+    kind: Literal["quantile", "cosine", "always"]
     centre: Literal["none", "general", "ir"] | None = None
     rank: int | None = None
     tail: float | None = None
@@ -41,17 +43,24 @@ class GateManifest:
     floor: float | None = None
     threshold: float | None = None
     num_calibration: int | None = None
+    direction: Literal["above", "below"] | None = None
 
 
 @dataclass(frozen=True)
 class ExpertsManifest:
-    """`mose`: prototypes, routing and residual refinement. `constant`: one vector for every query (caa, refusal_vector)."""
+    """`mose`: prototypes, routing and residual refinement, in one of two variants (None is standard). `constant`: one vector
+    for every query (caa, refusal_vector, cast). `linear`: a matrix of rank `map_rank` times the state (alphasteer)."""
 
-    kind: Literal["mose", "constant"]
+    kind: Literal["mose", "constant", "linear"]
     num_prototypes: int | None = None
     residual_rank: int | None = None
     key_size: int | None = None
     shift_scale: float | None = None
+    variant: Variant | None = None
+    map_rank: int | None = None
+
+
+_LATER_KEYS = {"gate": ("direction",), "experts": ("variant", "map_rank")}
 
 
 @dataclass(frozen=True)
@@ -74,9 +83,14 @@ class ProfileManifest:
 
     @property
     def version(self) -> str:
-        """`sha256:` and 16 hex digits over everything that changes an answer: two profiles that act alike share it."""
+        """`sha256:` and 16 hex digits over everything that changes an answer: two profiles that act alike share it.
+
+        A key that came to the format later does not count where it says what its absence says, so old profiles keep theirs.
+        """
         silent = ("name", "description", "training", "metrics")
         acting = {k: v for k, v in dataclasses.asdict(self).items() if k not in silent}
+        for part, keys in _LATER_KEYS.items():
+            acting[part] = {k: v for k, v in acting[part].items() if k not in keys or v not in (None, "standard")}
         return "sha256:" + hashlib.sha256(json.dumps(acting, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_json(self) -> str:

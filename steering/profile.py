@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from steering.architecture import PROBE_SIZE, config_sha256, decoder_layers, probes_match, text_config, weight_probe
 from steering.errors import ProfileError
-from steering.experts import ConstantVector, Experts, MixtureOfSteeringExperts
-from steering.gate import AlwaysOpenGate, Gate, QuantileGate
+from steering.experts import ConstantVector, Experts, LinearMap, MixtureOfSteeringExperts
+from steering.gate import AlwaysOpenGate, CosineGate, Gate, QuantileGate
 from steering.manifest import ProfileManifest
 
 MANIFEST_FILE = "profile.json"
@@ -101,7 +101,10 @@ class SteeringProfile:
             manifest = replace(manifest, name=name)
         tensors = _read_tensors(tensor_path, manifest)
         return cls(
-            manifest, _gate(manifest, tensors, tensor_path), _experts(manifest, tensors), tensors["weight_probe"]
+            manifest,
+            _gate(manifest, tensors, tensor_path),
+            _experts(manifest, tensors, tensor_path),
+            tensors["weight_probe"],
         )
 
     def check_model(self, model: nn.Module) -> None:
@@ -127,8 +130,14 @@ class SteeringProfile:
         tensors = {"weight_probe": self.weight_probe}
         if isinstance(self.gate, QuantileGate):
             tensors |= {f"gate.{k}": getattr(self.gate, k) for k in GATE_TENSORS}
+        elif isinstance(self.gate, CosineGate):
+            tensors["gate.condition"] = self.gate.condition
         if isinstance(self.experts, MixtureOfSteeringExperts):
             tensors |= {f"experts.{k}": getattr(self.experts, k) for k in MOSE_TENSORS}
+            if self.experts.value_projection is not None:
+                tensors["experts.value_projection"] = self.experts.value_projection
+        elif isinstance(self.experts, LinearMap):
+            tensors |= {"experts.left": self.experts.left, "experts.right": self.experts.right}
         else:
             tensors["experts.vector"] = self.experts.vector
         return tensors
@@ -193,11 +202,19 @@ def _shapes(manifest: ProfileManifest, tensors: dict[str, Tensor], path: Path) -
     if gate.kind == "quantile":
         _require(manifest, "gate", ("centre", "rank", "tail", "decay", "floor", "threshold", "num_calibration"), path)
         shapes |= {"gate.mean": (d,), "gate.basis": (d, gate.rank), "gate.calibration": (gate.num_calibration,)}
+    if gate.kind == "cosine":
+        _require(manifest, "gate", ("threshold", "direction", "num_calibration"), path)
+        shapes["gate.condition"] = (d,)
     if experts.kind == "constant":
         return shapes | {"experts.vector": (d,)}
+    if experts.kind == "linear":
+        _require(manifest, "experts", ("map_rank",), path)
+        return shapes | {"experts.left": (d, experts.map_rank), "experts.right": (experts.map_rank, d)}
     _require(manifest, "experts", ("num_prototypes", "residual_rank", "key_size", "shift_scale"), path)
     k, m, d_k = experts.num_prototypes, experts.residual_rank, experts.key_size
     hidden = tensors.get("experts.hidden_bias", torch.empty(0)).shape[0]
+    if experts.variant == "orthogonal_residual":
+        shapes["experts.value_projection"] = (k, d)
     return shapes | {
         "experts.prototypes": (k, d),
         "experts.residual_basis": (d, m),
@@ -222,6 +239,11 @@ def _gate(manifest: ProfileManifest, tensors: dict[str, Tensor], path: Path) -> 
     spec = manifest.gate
     if spec.kind == "always":
         return AlwaysOpenGate()
+    if spec.kind == "cosine":
+        condition = tensors["gate.condition"]
+        if abs(condition.norm().item() - 1) > 1e-3:
+            raise ProfileError(f"{path}: tensor 'gate.condition' is not of length 1. Train the profile again.")
+        return CosineGate(condition, spec.threshold, spec.direction)
     if not (0 < spec.tail < 1 and spec.decay > 0 and 0 <= spec.floor < 1):
         raise ProfileError(f"{path.parent / MANIFEST_FILE}: gate needs 0 < tail < 1, decay > 0 and 0 <= floor < 1.")
     if (tensors["gate.calibration"].diff() < 0).any():
@@ -240,9 +262,24 @@ def _gate(manifest: ProfileManifest, tensors: dict[str, Tensor], path: Path) -> 
     return gate
 
 
-def _experts(manifest: ProfileManifest, tensors: dict[str, Tensor]) -> Experts:
+def _experts(manifest: ProfileManifest, tensors: dict[str, Tensor], path: Path) -> Experts:
     if manifest.experts.kind == "constant":
         return ConstantVector(tensors["experts.vector"])
+    if manifest.experts.kind == "linear":
+        return LinearMap(tensors["experts.left"], tensors["experts.right"])
+    if manifest.experts.variant == "orthogonal_residual":
+        _check_orthogonal(tensors, path)
     return MixtureOfSteeringExperts(
-        **{k: tensors[f"experts.{k}"] for k in MOSE_TENSORS}, shift_scale=manifest.experts.shift_scale
+        **{k: tensors[f"experts.{k}"] for k in MOSE_TENSORS},
+        shift_scale=manifest.experts.shift_scale,
+        value_projection=tensors.get("experts.value_projection"),
     )
+
+
+def _check_orthogonal(tensors: dict[str, Tensor], path: Path) -> None:
+    """That the variant's residual basis is what its name says. Raises ProfileError."""
+    prototypes = torch.nn.functional.normalize(tensors["experts.prototypes"], dim=-1)
+    if ((prototypes @ tensors["experts.residual_basis"]).abs() > 1e-3).any():
+        raise ProfileError(
+            f"{path}: tensor 'experts.residual_basis' is not orthogonal to the prototypes. Train the profile again."
+        )

@@ -26,8 +26,8 @@ from transformers import (
 )
 
 from steering.architecture import config_sha256, decoder_layers, weight_probe
-from steering.experts import ConstantVector, MixtureOfSteeringExperts
-from steering.gate import QuantileGate
+from steering.experts import ConstantVector, LinearMap, MixtureOfSteeringExperts
+from steering.gate import AlwaysOpenGate, CosineGate, QuantileGate, condition_similarity
 from steering.manifest import ExpertsManifest, GateManifest, ModelReference, ProfileManifest
 from steering.profile import SteeringProfile
 
@@ -166,6 +166,55 @@ def constant_profile(model: PreTrainedModel, layer: int = 1, **options) -> Steer
     vector = ConstantVector(experts.shift_scale * experts.prototypes[0])
     manifest = replace(profile.manifest, method="caa", experts=ExpertsManifest("constant"))
     return replace(profile, manifest=manifest, experts=vector)
+
+
+def orthogonal_profile(model: PreTrainedModel, layer: int = 1, **options) -> SteeringProfile:
+    """As `tiny_profile`, but of the variant `orthogonal_residual`, with a value projection that does something."""
+    profile = tiny_profile(model, layer, **options)
+    experts = profile.experts
+    span = torch.linalg.qr(experts.prototypes.T).Q
+    basis = experts.residual_basis - span @ (span.T @ experts.residual_basis)
+    values = torch.randn(experts.prototypes.shape, generator=torch.Generator().manual_seed(5)) / 8
+    experts = replace(experts, residual_basis=torch.linalg.qr(basis).Q.contiguous(), value_projection=values)
+    spec = replace(profile.manifest.experts, variant="orthogonal_residual")
+    return replace(profile, manifest=replace(profile.manifest, experts=spec), experts=experts)
+
+
+def alphasteer_profile(model: PreTrainedModel, layer: int = 1, **options) -> SteeringProfile:
+    """A random matrix of rank 2 in place of the experts, and no gate."""
+    profile = tiny_profile(model, layer, **options)
+    generator = torch.Generator().manual_seed(6)
+    d = model.config.hidden_size
+    left, right = torch.randn(d, 2, generator=generator), torch.randn(2, d, generator=generator) / d
+    manifest = replace(
+        profile.manifest,
+        method="alphasteer",
+        gate=GateManifest("always"),
+        experts=ExpertsManifest("linear", map_rank=2),
+    )
+    return replace(profile, manifest=manifest, gate=AlwaysOpenGate(), experts=LinearMap(left, right))
+
+
+def cast_profile(model: PreTrainedModel, layer: int = 1, **options) -> SteeringProfile:
+    """A hard threshold, in the widest gap among the middle third of random prompts' similarities, and one vector."""
+    profile = constant_profile(model, layer, **options)
+    states = _states(model, layer, torch.Generator().manual_seed(options.get("seed", 0)))
+    condition = torch.linalg.svd(states - states.mean(0), full_matrices=False).Vh[0].contiguous()
+    middle = condition_similarity(states, condition).sort().values[len(states) // 3 : -(len(states) // 3)]
+    i = int(middle.diff().argmax())
+    gate = CosineGate(condition, float(middle[i : i + 2].mean()), "above")
+    spec = GateManifest("cosine", threshold=gate.threshold, num_calibration=len(states), direction="above")
+    return replace(profile, manifest=replace(profile.manifest, method="cast", gate=spec), gate=gate)
+
+
+# Each kind of gate and experts that a profile may have.
+PROFILES = {
+    "standard": tiny_profile,
+    "orthogonal_residual": orthogonal_profile,
+    "constant": constant_profile,
+    "alphasteer": alphasteer_profile,
+    "cast": cast_profile,
+}
 
 
 @torch.no_grad()

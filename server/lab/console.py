@@ -28,6 +28,9 @@ def show(console, profile) -> None:
     table.add_row("strength", f"{manifest.strength:g}")
     if gate.kind == "always":
         table.add_row("gate", "none: every query is steered")
+    elif gate.kind == "cosine":
+        table.add_row("gate", f"cosine with a condition vector, open {gate.direction} its threshold")
+        table.add_row("threshold", f"{gate.threshold:.4f}, the best F1 on {gate.num_calibration} queries")
     else:
         table.add_row(
             "gate", f"quantile, centre {gate.centre}, rank {gate.rank}, tail {gate.tail:g}, decay {gate.decay:g}"
@@ -41,15 +44,19 @@ def show(console, profile) -> None:
             table.add_row(f"misses of {source}", interval(missed))
     if experts.kind == "constant":
         table.add_row("experts", "one vector for every query")
+    elif experts.kind == "linear":
+        table.add_row("experts", f"a matrix of rank {experts.map_rank} times the query's state")
     else:
-        table.add_row("experts", f"{experts.num_prototypes} prototypes, residual rank {experts.residual_rank}")
+        variant = experts.variant or "standard"
+        shape = f"{experts.num_prototypes} prototypes, residual rank {experts.residual_rank}"
+        table.add_row("experts", f"{variant}, {shape}")
     if found := metrics.get("experts"):
-        table.add_row("pairs per prototype", ", ".join(map(str, found["cluster_sizes"])))
-        table.add_row(
-            "validation error",
-            f"{found['validation_error']:.3f} (mean vector {found['validation_error_mean_vector']:.3f}, "
-            f"none {found['validation_error_zero']:.3f})",
-        )
+        if "cluster_sizes" in found:
+            table.add_row("pairs per prototype", ", ".join(map(str, found["cluster_sizes"])))
+        if "validation_error" in found:
+            others = (("mean vector", "validation_error_mean_vector"), ("none", "validation_error_zero"))
+            beside = ", ".join(f"{label} {found[key]:.3f}" for label, key in others if key in found)
+            table.add_row("validation error", f"{found['validation_error']:.3f} ({beside})")
     for name, data in manifest.training.get("data", {}).items():
         table.add_row(f"{name} data", f"{data['rows']} rows: {', '.join(data['files'])}")
     table.add_row("command", manifest.training.get("command", ""))

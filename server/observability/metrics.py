@@ -237,7 +237,9 @@ class _ProfileFamilies:
         self.fired = counter("gate_fired", "Decisions with gate > 0.")
         self.gate = histogram("gate_value", "g, per decision.", GATE_BUCKETS)
         self.energy_ratio = histogram("energy_ratio", "Subspace energy ratio of the query state.", UNIT_BUCKETS)
-        self.threshold = gauge("gate_threshold", "The energy ratio from which the gate is fully open.")
+        self.threshold = gauge(
+            "gate_threshold", "What opens the gate fully: an energy ratio, or a cosine gate's cosine."
+        )
         self.steered_requests = counter("steered_requests", "Requests whose numbers this profile changed.")
         self.steered_tokens = counter("steered_tokens", "Tokens delivered under this profile's vector.")
         self.skipped = counter("steering_skipped", "Decisions that changed nothing, by reason.", "reason")

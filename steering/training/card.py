@@ -13,6 +13,8 @@ def write_card(profile: SteeringProfile, folder: Path) -> Path:
     gate = "none: every query is steered"
     if manifest.gate.kind == "quantile":
         gate = f"SCS, quantile, centre `{manifest.gate.centre}`, rank {manifest.gate.rank}, threshold {manifest.gate.threshold:.3f}"
+    elif manifest.gate.kind == "cosine":
+        gate = f"CAST, cosine with a condition vector, open {manifest.gate.direction} {manifest.gate.threshold:.3f}"
     lines = [
         f"# Steering profile `{manifest.name}`",
         "",

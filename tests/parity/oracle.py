@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from steering.architecture import decoder_layers
 from steering.decision import ProfileActivation
-from steering.gate import QuantileGate
+from steering.experts import ConstantVector, LinearMap
+from steering.gate import CosineGate, QuantileGate
 from steering.profile import SteeringProfile
 
 
@@ -26,9 +27,16 @@ def gate_and_vector(profile: SteeringProfile, state: torch.Tensor) -> tuple[floa
         if ratio < sorted(calibration)[rank - 1]:
             g = min(np.mean(calibration <= ratio) / gate.tail, 1.0) ** gate.decay
         g = g if g >= gate.floor else 0.0
+    elif isinstance(gate, CosineGate):
+        c = gate.condition.double().numpy()
+        projected = np.tanh(np.outer(c, c) @ h / (c @ c))
+        cosine = h @ projected / (np.linalg.norm(h) * np.linalg.norm(projected))
+        g = float(cosine >= gate.threshold if gate.direction == "above" else cosine <= gate.threshold)
     e = profile.experts
-    if not hasattr(e, "prototypes"):
+    if isinstance(e, ConstantVector):
         return g, e.vector.double().numpy()
+    if isinstance(e, LinearMap):
+        return g, (e.left.double().numpy() @ e.right.double().numpy()) @ h
     z = (h - e.input_mean.double().numpy()) / e.input_std.double().numpy()
     keys = e.prototypes.double().numpy() @ e.key_projection.double().numpy().T
     scores = keys @ (e.query_projection.double().numpy() @ z) / np.sqrt(keys.shape[1])
@@ -36,7 +44,10 @@ def gate_and_vector(profile: SteeringProfile, state: torch.Tensor) -> tuple[floa
     alpha /= alpha.sum()
     hidden = np.maximum(e.hidden_weight.double().numpy() @ z + e.hidden_bias.double().numpy(), 0)
     beta = e.output_weight.double().numpy() @ hidden + e.output_bias.double().numpy()
-    return g, e.shift_scale * (alpha @ e.prototypes.double().numpy() + e.residual_basis.double().numpy() @ beta)
+    values = e.prototypes.double().numpy()
+    if e.value_projection is not None:
+        values = values + e.value_projection.double().numpy()
+    return g, e.shift_scale * (alpha @ values + e.residual_basis.double().numpy() @ beta)
 
 
 @torch.no_grad()

@@ -13,12 +13,13 @@ from server.engine.native.sequence import SequenceGroup
 from steering.decision import ProfileActivation, SteeringDecision
 from tests.engine import DECODERS, answers, asked, reference_model, tiny_core, tiny_decoder
 from tests.parity.oracle import two_pass
-from tests.tiny import FAMILIES, tiny_model, tiny_profile
+from tests.tiny import FAMILIES, PROFILES, tiny_model, tiny_profile
 
 PROMPTS = [[5, 9, 2, 14, 33, 7, 21], [40, 41, 42], [8, 3, 77, 12, 90, 61, 4, 55, 23, 19, 11, 2], [100, 7], [1]]
 OPEN = ProfileActivation("p", 3.0, gate="open")
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_decoder = pytest.mark.parametrize("kind", DECODERS)
+every_profile = pytest.mark.parametrize("made", PROFILES)
 rows_and_pages = pytest.mark.parametrize("paged", [False, True], ids=["rows", "pages"])
 
 
@@ -72,8 +73,24 @@ def test_one_pass_equals_two_passes(family, positions, kind, paged):
         assert plain[str(i)].logprobs() != pytest.approx(wanted_logprobs, abs=2e-4)  # the vector does something
 
 
-def test_the_gate_decides_as_the_oracle_says():
-    profile = profile_of()
+@rows_and_pages
+@pytest.mark.parametrize("positions", ["all", "last"])
+@every_profile
+def test_one_pass_equals_two_passes_for_every_kind_of_profile(made, positions, paged):
+    profile = PROFILES[made](reference_model(), 1, name="p", strength=3.0)
+    activation = replace(OPEN, positions=positions)
+    plain = run([profile], [asked(str(i), p) for i, p in enumerate(PROMPTS)], paged=paged)
+    found = run([profile], [asked(str(i), p, activation) for i, p in enumerate(PROMPTS)], paged=paged)
+    for i, p in enumerate(PROMPTS):
+        wanted_tokens, wanted_logprobs, _ = two_pass(reference_model(), p, 8, [(profile, activation)])
+        assert found[str(i)].tokens() == wanted_tokens
+        assert found[str(i)].logprobs() == pytest.approx(wanted_logprobs, abs=2e-4)
+        assert plain[str(i)].logprobs() != pytest.approx(wanted_logprobs, abs=2e-4)  # the vector does something
+
+
+@pytest.mark.parametrize("made", ["standard", "cast"])
+def test_the_gate_decides_as_the_oracle_says(made):
+    profile = PROFILES[made](reference_model(), 1, name="p", strength=3.0)
     activation = ProfileActivation("p", 3.0)
     prompts = [[i, (7 * i) % 90 + 1, (3 * i) % 50 + 1] for i in range(1, 25)]
     found = run([profile], [asked(str(i), p, activation) for i, p in enumerate(prompts)])
@@ -106,8 +123,9 @@ def test_two_profiles_act_on_one_request(layers, paged):
 
 
 @rows_and_pages
-def test_batched_equals_alone(paged):
-    profile = profile_of()
+@every_profile
+def test_batched_equals_alone(made, paged):
+    profile = PROFILES[made](reference_model(), 1, name="p", strength=3.0)
     kinds = [(OPEN,), (), (ProfileActivation("p", 1.0, gate="open", positions="last"),)]
     requests = [asked(str(i), p, *kinds[i % 3], max_tokens=5 + 3 * i) for i, p in enumerate(PROMPTS)]
     together = run([profile], requests, paged=paged)
@@ -140,6 +158,36 @@ def test_a_row_that_is_not_steered_is_unsteered_bit_for_bit_in_a_mixed_batch(fam
         same = with_steering[str(i)].numbers == without[str(i)].numbers
         assert same if i % 2 else not same
     assert not with_steering["1"].decision.applied and with_steering["0"].decision.applied
+
+
+@rows_and_pages
+@every_profile
+def test_strength_zero_and_a_closed_gate_are_unsteered_bit_for_bit_for_every_kind_of_profile(made, paged):
+    profile = PROFILES[made](reference_model(), 1, name="p", strength=3.0)
+    zero, closed = (ProfileActivation("p", 0.0, gate="open"), ProfileActivation("p", 3.0, gate="closed"))
+    mixed = [asked(str(i), p, (zero, OPEN, closed)[i % 3]) for i, p in enumerate(PROMPTS)]
+    plain = [asked(str(i), p) for i, p in enumerate(PROMPTS)]
+    with_steering, without = (run([profile], asks, paged=paged) for asks in (mixed, plain))
+    for i in range(len(PROMPTS)):
+        same = with_steering[str(i)].numbers == without[str(i)].numbers
+        assert same == (i % 3 != 1)
+
+
+@rows_and_pages
+def test_where_a_cosine_gate_stays_shut_by_itself_the_row_is_unsteered_bit_for_bit(paged):
+    """And where it opens by itself it is not; the decision has a threshold, and no energy ratio."""
+    profile = PROFILES["cast"](reference_model(), 1, name="p", strength=3.0)
+    prompts = [[i, (7 * i) % 90 + 1, (3 * i) % 50 + 1] for i in range(1, 9)]
+    steered = [asked(str(i), p, ProfileActivation("p", 3.0)) for i, p in enumerate(prompts)]
+    plain = [asked(str(i), p) for i, p in enumerate(prompts)]
+    with_steering, without = (run([profile], asks, paged=paged) for asks in (steered, plain))
+    gates = []
+    for i in range(len(prompts)):
+        [decision] = with_steering[str(i)].decision.profiles
+        gates.append(decision.gate)
+        assert (with_steering[str(i)].numbers == without[str(i)].numbers) == (decision.gate == 0)
+        assert (decision.energy_ratio, decision.threshold) == (None, profile.gate.threshold)
+    assert set(gates) == {0.0, 1.0}
 
 
 def test_shadow_and_strength_zero_still_report_the_gate():

@@ -23,7 +23,7 @@ from steering.intervention import Dose
 from steering.profile import SteeringProfile
 from tests.engine import DECODERS, Answer, answers, asked, carry_out, reference_model, tiny_core, tiny_decoder
 from tests.parity.oracle import two_pass
-from tests.tiny import constant_profile, tiny_profile
+from tests.tiny import PROFILES, constant_profile, tiny_profile
 
 BLOCK_SIZE = BLOCK_SIZES["cpu"]
 
@@ -42,12 +42,12 @@ ASK = ProfileActivation("own", 3.0)
 
 @functools.cache
 def profile_of(name: str) -> SteeringProfile:
-    """`own…`: a vector for each prompt; `same…`: one vector; `equal…`: that of `same`, whatever the layer.
+    """`own…`: a vector for each prompt; `same…`: one vector; `equal…`: that of `same`, whatever the layer; or a kind's name.
 
     A number at the end is the layer, 1 if there is none.
     """
     layer = int(name[-1]) if name[-1].isdigit() else 1
-    make = tiny_profile if name.startswith("own") else constant_profile
+    make = tiny_profile if name.startswith("own") else PROFILES.get(name, constant_profile)
     profile = make(reference_model(), layer, name=name, strength=3.0, seed=layer)
     return replace(profile, experts=profile_of("same").experts) if name.startswith("equal") else profile
 
@@ -312,6 +312,23 @@ def test_rows_whose_gate_is_shut_are_unsteered_bit_for_bit_with_chunks_and_hits(
     for r in steered:
         same = with_steering[r.request_id].numbers == without[r.request_id].numbers
         assert same == (r.request_id in shut), r.request_id
+
+
+@pytest.mark.parametrize("cache", ["cold", "warm", "after a steered request"])
+@pytest.mark.parametrize("made", ["orthogonal_residual", "alphasteer", "cast"])
+def test_every_kind_of_profile_in_chunks_with_hits_and_preemption(made, cache):
+    requests = [
+        request("all", prompt(110, 71), ProfileActivation(made, 3.0, gate="open")),
+        request("last", prompt(97, 72), ProfileActivation(made, 3.0, gate="open", positions="last")),
+        request("own gate", prompt(101, 73), ProfileActivation(made, 3.0)),
+        request("plain", prompt(96, 74)),
+        request("another kind, too", prompt(75, 75), ProfileActivation(made, 2.0, gate="open"), OWN),
+    ]
+    core = core_of(made, "own", "same", max_batched_tokens=16)
+    prepare(core, cache, requests)
+    found, lower, _ = hits(core, requests, after_step=preempting(core))
+    assert_exact(found, requests)
+    assert lower >= expected_lower(cache, requests) and core.stats().num_preemptions > 0
 
 
 # -- the three failures of one-pass steering in an engine with chunked prefill and a prefix cache ----------------------------

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from steering.errors import ShapeError, TrainingDataError
-from steering.experts import ConstantVector
+from steering.experts import ConstantVector, LinearMap
 from steering.training.fit_experts import ExpertOptions, fit_experts
-from tests.tiny import tiny_model, tiny_profile
+from tests.tiny import orthogonal_profile, tiny_model, tiny_profile
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +72,45 @@ def test_nan_passes_through_and_another_width_is_refused(experts):
     states[1, 5] = float("nan")
     vector = experts(states).vector
     assert vector[0].isfinite().all() and vector[1].isnan().all()
-    for operator in (experts, ConstantVector(torch.zeros(64))):
+    for operator in (experts, ConstantVector(torch.zeros(64)), LinearMap(torch.zeros(64, 1), torch.zeros(1, 64))):
         with pytest.raises(ShapeError, match="63 wide"):
             operator(torch.zeros(1, 63))
+
+
+def test_a_value_projection_that_is_the_identity_is_the_standard_variant_and_another_is_not(experts):
+    states = experts.input_mean + experts.input_std * drawn(5, 9, 64)
+    identity = replace(experts, value_projection=torch.zeros_like(experts.prototypes))
+    for a, b in zip(identity(states), experts(states), strict=True):
+        assert torch.equal(a, b)
+    other = replace(experts, value_projection=0.1 * drawn(6, *experts.prototypes.shape))
+    assert (other(states).vector - experts(states).vector).abs().max() > 1e-2
+
+
+def test_a_value_projection_is_what_a_matrix_does_to_the_prototypes_and_leaves_routing_alone():
+    """v by a whole (d, d) matrix W_V, one state at a time in float64, against what is stored of it: (W_V − I)C."""
+    experts = orthogonal_profile(tiny_model()).experts
+    matrix = np.eye(64) + 0.2 * drawn(8, 64, 64).double().numpy()
+    offsets = experts.prototypes.double().numpy() @ (matrix - np.eye(64)).T
+    mine = replace(experts, value_projection=torch.from_numpy(offsets).float())
+    states = experts.input_mean + experts.input_std * drawn(7, 6, 64)
+    unprojected = replace(experts, value_projection=None)
+    plain, weights, _ = in_numpy(unprojected, states)
+    scale, prototypes = experts.shift_scale, experts.prototypes.double().numpy()
+    wanted = [
+        v - scale * alpha @ prototypes + scale * matrix @ (alpha @ prototypes)
+        for v, alpha in zip(plain, weights, strict=True)
+    ]
+    np.testing.assert_allclose(mine(states).vector.numpy(), wanted, rtol=1e-3, atol=1e-3)
+    assert torch.equal(mine(states).routing, unprojected(states).routing)
+
+
+def test_a_linear_map_equals_its_matrix_and_its_gain_is_the_most_it_does():
+    left, right, states = drawn(1, 64, 3), drawn(2, 3, 64), drawn(3, 7, 64)
+    found = LinearMap(left, right)
+    matrix = left.double().numpy() @ right.double().numpy()
+    np.testing.assert_allclose(found(states).vector.numpy(), states.double().numpy() @ matrix.T, rtol=1e-3, atol=1e-3)
+    assert found(states).routing is None and found(states.bfloat16()).vector.dtype == torch.float32
+    assert found.gain == pytest.approx(np.linalg.svd(matrix)[1][0], rel=1e-6)
 
 
 def planted(count=400, clusters=5, d=24, noise=0.05):
@@ -118,7 +156,9 @@ def test_fitting_twice_gives_the_same_bits_and_leaves_the_global_generator_and_t
     first, second = (fit_experts(states, shifts, ExpertOptions(epochs=3)).experts for _ in range(2))
     for key, value in vars(first).items():
         same = (
-            torch.equal(value, getattr(second, key)) if isinstance(value, torch.Tensor) else value == second.shift_scale
+            torch.equal(value, getattr(second, key))
+            if isinstance(value, torch.Tensor)
+            else value == getattr(second, key)
         )
         assert same, key
     assert torch.equal(torch.get_rng_state(), before) and torch.get_num_threads() == threads

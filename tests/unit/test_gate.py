@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steering.errors import ShapeError, TrainingDataError
-from steering.gate import QuantileGate, energy_ratio
+from steering.gate import CosineGate, QuantileGate, condition_similarity, energy_ratio
 from steering.training.fit_gate import fit_gate, missed_out_of_sample
 from steering.training.statistics import auc, clopper_pearson
 
@@ -87,6 +87,36 @@ def test_gate_rises_with_the_ratio_is_exactly_zero_under_the_floor_and_lets_nan_
 def test_a_state_of_another_width_is_refused():
     with pytest.raises(ShapeError, match="13 wide, the gate 12"):
         gate_of([0.1, 0.9])(torch.zeros(1, 13))
+
+
+def test_condition_similarity_equals_numpy_knows_no_sign_of_the_condition_and_is_no_plain_cosine():
+    states, condition = 5 * drawn(1, 9, D), orthonormal(2, 1)[:, 0]
+    c = condition.double().numpy()
+    wanted = []
+    for h in states.double().numpy():
+        projected = np.tanh(np.outer(c, c) @ h)
+        wanted.append(h @ projected / (np.linalg.norm(h) * np.linalg.norm(projected)))
+    found = condition_similarity(states, condition)
+    np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(condition_similarity(states, -condition), found)
+    plain = torch.nn.functional.cosine_similarity(states, condition[None]).abs()
+    assert (plain - found).abs().max() > 1e-2
+    torch.testing.assert_close(condition_similarity(1e-3 * states, condition), plain, atol=1e-4, rtol=0)  # tanh x ≈ x
+    assert condition_similarity(torch.zeros(1, D), condition) == 0
+
+
+def test_cosine_gate_is_open_on_its_side_of_the_threshold_and_lets_nan_through():
+    condition = orthonormal(2, 1)[:, 0]
+    states = torch.cat([drawn(1, 40, D), torch.full((1, D), torch.nan)])
+    similarity = condition_similarity(states, condition)
+    threshold = float(similarity[3])  # itself open, both ways
+    above, below = (CosineGate(condition, threshold, side)(states) for side in ("above", "below"))
+    assert above.energy_ratio is None and above.gate[-1].isnan() and below.gate[-1].isnan()
+    assert torch.equal(above.gate[:-1], (similarity[:-1] >= threshold).float())
+    assert torch.equal(below.gate[:-1], (similarity[:-1] <= threshold).float())
+    assert above.gate[3] == below.gate[3] == 1 and 0 < above.gate[:-1].mean() < 1
+    with pytest.raises(ShapeError, match="13 wide, the gate 12"):
+        CosineGate(condition, 0.5, "above")(torch.zeros(1, 13))
 
 
 def test_of_exchangeable_queries_at_most_epsilon_miss_and_of_shifted_ones_more():

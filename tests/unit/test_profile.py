@@ -12,7 +12,7 @@ from safetensors.torch import save as to_bytes
 
 from steering.errors import ProfileError
 from steering.profile import MANIFEST_FILE, TENSOR_FILE, SteeringProfile
-from tests.tiny import tiny_model, tiny_profile
+from tests.tiny import PROFILES, tiny_model, tiny_profile
 
 
 @pytest.fixture
@@ -42,14 +42,62 @@ def change_tensors(folder, **changes):
     change_manifest(folder, tensors_sha256=hashlib.sha256(payload).hexdigest())
 
 
-def test_what_is_saved_is_loaded_bit_for_bit(folder):
-    wanted, found = tiny_profile(tiny_model(), name="safe"), SteeringProfile.load(folder)
+@pytest.mark.parametrize("kind", PROFILES)
+def test_what_is_saved_is_loaded_bit_for_bit(tmp_path, kind):
+    wanted = PROFILES[kind](tiny_model(), name="safe").save(tmp_path)
+    found = SteeringProfile.load(tmp_path)
+    assert found.manifest == wanted.manifest and found.version == wanted.version
     states = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     for ours, theirs in ((wanted.gate, found.gate), (wanted.experts, found.experts)):
         for a, b in zip(ours(states), theirs(states), strict=True):
-            assert torch.equal(a, b)
+            assert a is b is None or torch.equal(a, b)
     found.check_model(tiny_model())
-    assert not list(folder.glob("*.p*kl")) and {p.name for p in folder.iterdir()} == {MANIFEST_FILE, TENSOR_FILE}
+    assert not list(tmp_path.glob("*.p*kl")) and {p.name for p in tmp_path.iterdir()} == {MANIFEST_FILE, TENSOR_FILE}
+
+
+WRONG_KINDS = {
+    "no condition": ("cast", {"tensor": {"gate__condition": None}}, "'gate.condition' is missing"),
+    "a long condition": ("cast", {"tensor": {"gate__condition": torch.ones(64)}}, "'gate.condition' is not of length 1"),
+    "a wide condition": ("cast", {"tensor": {"gate__condition": torch.ones(65)}}, r"must be float32 \(64,\)"),
+    "no threshold": ("cast", {"manifest": {"gate__threshold": None}}, "gate.threshold is missing"),
+    "no direction": ("cast", {"manifest": {"gate__direction": None}}, "gate.direction is missing"),
+    "a third direction": ("cast", {"manifest": {"gate__direction": "across"}}, "'across'; this release knows: above, below"),
+    "an endless threshold": ("cast", {"manifest": {"gate__threshold": float("inf")}}, "must be a finite number"),
+    "no left": ("alphasteer", {"tensor": {"experts__left": None}}, "'experts.left' is missing"),
+    "another rank": ("alphasteer", {"manifest": {"experts__map_rank": 3}}, r"must be float32 (\(64, 3\)|\(3, 64\))"),
+    "no rank": ("alphasteer", {"manifest": {"experts__map_rank": None}}, "experts.map_rank is missing"),
+    "NaN": ("alphasteer", {"tensor": {"experts__right": torch.full((2, 64), torch.nan)}}, "'experts.right' holds NaN"),
+    "no values": ("orthogonal_residual", {"tensor": {"experts__value_projection": None}}, "value_projection' is missing"),
+    "values of the standard": ("standard", {"tensor": {"experts__value_projection": torch.ones(3, 64)}}, "is not known"),
+    "a third variant": ("standard", {"manifest": {"experts__variant": "odd"}}, "knows: standard, orthogonal_residual"),
+    "not orthogonal": (
+        "orthogonal_residual",
+        {"tensor": {"experts__residual_basis": torch.eye(64)[:, :2].contiguous()}},
+        "'experts.residual_basis' is not orthogonal to the prototypes",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG_KINDS)
+def test_what_a_kind_of_gate_or_experts_cannot_be_is_refused(tmp_path, case):
+    kind, changes, message = WRONG_KINDS[case]
+    PROFILES[kind](tiny_model()).save(tmp_path)
+    change_tensors(tmp_path, **changes.get("tensor", {}))
+    change_manifest(tmp_path, **changes.get("manifest", {}))
+    with pytest.raises(ProfileError, match=message):
+        SteeringProfile.load(tmp_path)
+
+
+def test_a_profile_from_before_there_were_variants_keeps_its_version(folder):
+    """A manifest without the later keys, and one that says of them what their absence says."""
+    text = (folder / MANIFEST_FILE).read_text()
+    version = SteeringProfile.load(folder).version
+    old = json.loads(text)
+    del old["gate"]["direction"], old["experts"]["variant"], old["experts"]["map_rank"]
+    (folder / MANIFEST_FILE).write_text(json.dumps(old))
+    assert SteeringProfile.load(folder).version == version
+    change_manifest(folder, experts__variant="standard")
+    assert SteeringProfile.load(folder).version == version
 
 
 def test_version_follows_what_acts_and_nothing_else(folder):
@@ -58,6 +106,12 @@ def test_version_follows_what_acts_and_nothing_else(folder):
     assert SteeringProfile.load(folder, name="renamed").version == before
     change_manifest(folder, strength=3.5)
     assert SteeringProfile.load(folder).version != before
+
+
+def test_a_version_knows_on_which_side_a_cosine_gate_opens(tmp_path):
+    before = PROFILES["cast"](tiny_model()).save(tmp_path).version
+    change_manifest(tmp_path, gate__direction="below")
+    assert SteeringProfile.load(tmp_path).version != before
 
 
 def test_a_truncated_and_a_flipped_tensor_file_are_refused(folder):

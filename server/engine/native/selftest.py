@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from server.engine.base import GenerationRequest, SamplingOptions, TokenEvent
+from server.engine.base import GenerationError, GenerationRequest, SamplingOptions, TokenEvent
 from server.engine.native.attention import AttentionStep, DecodeStep, PrefillStep, Span
 from server.engine.native.build import EngineOptions, build_core, new_cache
 from server.engine.native.core import EngineCore
@@ -17,6 +17,7 @@ from server.engine.native.decoder import Decoder
 from steering.architecture import text_config
 from steering.decision import ProfileActivation, SteeringOptions
 from steering.errors import ProfileError
+from steering.experts import LinearMap
 from steering.profile import SteeringProfile
 
 LENGTH = 8
@@ -62,7 +63,11 @@ def decoder_error(decoder: Decoder, wanted: Tensor) -> float:
 
 def check_steering(decoder: Decoder, model: PreTrainedModel, profiles: list[SteeringProfile]) -> None:
     """Generate two tokens plain, at strength 0, and with the gate forced open: the first two must be equal bit for bit, the
-    third must differ, for each profile. Raises ProfileError."""
+    third must differ, for each profile. Raises ProfileError.
+
+    A linear map may make next to nothing of the probe's state and much of others, as it should where those states are like
+    benign ones. It gets a second try at the strength that gives the probe what its strongest query would get.
+    """
     options = EngineOptions(max_num_seqs=1, max_model_len=LENGTH, prefix_cache_bytes=0)
     core, _ = build_core(decoder, model, profiles, options)
     plain = _generate(core, ())
@@ -70,6 +75,8 @@ def check_steering(decoder: Decoder, model: PreTrainedModel, profiles: list[Stee
         strength = 4 * (profile.manifest.strength or 1.0)  # coarse dtypes must show it
         shut = _generate(core, (ProfileActivation(profile.name, 0.0, gate="open"),))
         steered = _generate(core, (ProfileActivation(profile.name, strength, gate="open"),))
+        if steered == plain and (raised := _as_for_its_strongest_query(core, profile)) is not None:
+            steered = _generate(core, (ProfileActivation(profile.name, raised, gate="open"),))
         if shut != plain or steered == plain:
             what = "at strength 0 it changes answers" if shut != plain else "it changes nothing"
             raise ProfileError(
@@ -78,13 +85,27 @@ def check_steering(decoder: Decoder, model: PreTrainedModel, profiles: list[Stee
             )
 
 
+def _as_for_its_strongest_query(core: EngineCore, profile: SteeringProfile) -> float | None:
+    """The strength at which a linear map's dose on the probe is the profile's largest possible, λ‖W‖₂; None where no strength
+    is: other experts, and a map that makes nothing at all of the probe."""
+    if not isinstance(profile.experts, LinearMap):
+        return None
+    strength = profile.manifest.strength or 1.0
+    first = _run(core, (ProfileActivation(profile.name, strength, gate="open"),))[0]
+    dose = first.decision.profiles[0].relative_norm if isinstance(first, TokenEvent) and first.decision else 0.0
+    return strength * abs(strength) * profile.experts.gain / dose if dose > 0 else None
+
+
 def _generate(core: EngineCore, activations: tuple[ProfileActivation, ...]) -> list[object]:
     """Tokens and log-probabilities of a short greedy run, or its failure's words."""
+    results = _run(core, activations)
+    return [(r.token_id, r.logprobs) if isinstance(r, TokenEvent) else str(r) for r in results]
+
+
+def _run(core: EngineCore, activations: tuple[ProfileActivation, ...]) -> list[TokenEvent | GenerationError]:
     prompt = tuple(i % core.runner.decoder.vocab_size for i in range(1, 6))
     sampling = SamplingOptions(max_tokens=2, temperature=0.0, logprobs=5)
-    request = GenerationRequest("selftest", prompt, sampling, SteeringOptions(activations))
-    results = core.run([request])["selftest"]
-    return [(r.token_id, r.logprobs) if isinstance(r, TokenEvent) else str(r) for r in results]
+    return core.run([GenerationRequest("selftest", prompt, sampling, SteeringOptions(activations))])["selftest"]
 
 
 def _token_ids(vocab_size: int, device: torch.device) -> Tensor:
