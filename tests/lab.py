@@ -37,10 +37,10 @@ def make_lab(folder: Path) -> Path:
     return folder
 
 
-def train(lab: Path, out: Path, *extra: str, **replaced: Path):
+def train(lab: Path, out: Path, *extra: str, **replaced: Path | None):
     """`finesteer train` on the lab's files, or on those that replace them: its result."""
     files = {name: lab / f"{name}.jsonl" for name in ("pairs", "ir", "general", "calibration")} | replaced
-    arguments = [word for name, path in files.items() for word in (f"--{name}", str(path))]
+    arguments = [word for name, path in files.items() if path for word in (f"--{name}", str(path))]
     options = [
         "--model",
         str(lab / "model"),

@@ -30,7 +30,8 @@ def train(
     calibration: Annotated[
         list[Path] | None, typer.Option(help='JSONL {"query"} like --ir, kept for the threshold')
     ] = None,
-    method: Annotated[str, typer.Option(help="finesteer, caa or refusal_vector")] = "finesteer",
+    method: Annotated[str, typer.Option(help="finesteer, caa, refusal_vector, alphasteer or cast")] = "finesteer",
+    variant: Annotated[str, typer.Option(help="of finesteer's experts: standard or orthogonal_residual")] = "standard",
     description: Annotated[str, typer.Option(help="one line for people")] = "",
     strength: Annotated[
         str,
@@ -68,7 +69,8 @@ def train(
     console = Console()
     started = time.perf_counter()
     for label, value, known in (
-        ("--method", method, ("finesteer", "caa", "refusal_vector")),
+        ("--method", method, ("finesteer", "caa", "refusal_vector", "alphasteer", "cast")),
+        ("--variant", variant, ("standard", "orthogonal_residual")),
         ("--positions", positions, ("all", "last")),
         ("--centre", centre, ("auto", "none", "general", "ir")),
     ):
@@ -116,7 +118,7 @@ def train(
         floor=floor,
         centre=centre,
         rank=rank if rank == "auto" else int(rank),
-        experts=ExpertOptions(residual_rank=residual_rank, epochs=epochs, learning_rate=learning_rate),
+        experts=ExpertOptions(variant=variant, residual_rank=residual_rank, epochs=epochs, learning_rate=learning_rate),
         seed=seed,
         batch_tokens=batch_tokens,
         force=force,

@@ -9,19 +9,21 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from sklearn.cluster import KMeans
-from sklearn.metrics import calinski_harabasz_score
+from sklearn.metrics import calinski_harabasz_score, silhouette_score
 from torch import Tensor
 
 from steering.errors import TrainingDataError
 from steering.experts import MixtureOfSteeringExperts
+from steering.manifest import Variant
 from steering.training.principal import principal_directions
 from steering.training.progress import progress_bar
 
 
 @dataclass(frozen=True)
 class ExpertOptions:
-    """Hyperparameters; the defaults are the paper's where it gives them."""
+    """Hyperparameters; the defaults are the paper's where it gives them. `variant`: see `fit_experts`."""
 
+    variant: Variant = "standard"
     prototypes: tuple[int, int] = (4, 10)
     residual_rank: int = 10
     key_size: int = 64
@@ -41,16 +43,23 @@ class ExpertFit:
     """The fitted experts and how they came about.
 
     Errors are mean ‖v − δ‖² over the validation pairs, in units of the mean ‖δ‖² (`shift_scale`²): predicting zero gives
-    about 1. `cluster_scores`: Calinski–Harabasz by K. `clusters`: (N,) each pair's prototype.
+    about 1. `clusters`: (N,) each pair's prototype. `criteria`: {criterion: {K: score}}, the higher the better, and `choices`:
+    {criterion: K}, each one's own; the variant `standard` has one criterion, `orthogonal_residual` three and takes the median.
     """
 
     experts: MixtureOfSteeringExperts
-    cluster_scores: dict[int, float]
+    criteria: dict[str, dict[int, float]]
+    choices: dict[str, int]
     clusters: np.ndarray
     curve: list[tuple[float, float]]
     validation_error: float
     mean_vector_error: float
     zero_error: float
+
+    @property
+    def cluster_scores(self) -> dict[int, float]:
+        """Calinski–Harabasz by K."""
+        return self.criteria["calinski_harabasz"]
 
 
 def fit_experts(
@@ -60,6 +69,10 @@ def fit_experts(
 
     Source: FineSteer, MoSE; METHOD's deviations: standardised inputs, units of σ = √mean‖δ‖², the MLP's last layer starts
     at zero. The residual basis is the principal directions of the raw, uncentred shifts. Deterministic given the seed.
+
+    `variant` "orthogonal_residual" is the authors' code's: prototypes of shifts that keep their lengths (in units of σ), K the
+    median of what the elbow, the silhouette and Calinski–Harabasz choose, a residual basis of what of the shifts lies
+    outside of the prototypes' span, and a value projection that starts at the identity (see `MixtureOfSteeringExperts`).
     Raises TrainingDataError with fewer than 20 pairs or shifts that are all alike.
     """
     options = options or ExpertOptions()
@@ -74,8 +87,15 @@ def fit_experts(
         )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        prototypes, clusters, scores = _prototypes(shifts, options.prototypes, seed)
-        experts = _initial(states, shifts, prototypes, scale, options)
+        if options.variant == "standard":
+            prototypes, clusters, criteria, choices = _prototypes(
+                torch.nn.functional.normalize(shifts, dim=-1), options.prototypes, ("calinski_harabasz",), seed
+            )
+            experts = _initial(states, shifts, prototypes, scale, options)
+        else:
+            prototypes, clusters, criteria, choices = _prototypes(shifts / scale, options.prototypes, CRITERIA, seed)
+            experts = _initial(states, _outside(shifts, prototypes), prototypes, scale, options)
+            experts = replace(_orthogonal(experts), value_projection=torch.nn.Parameter(torch.zeros_like(prototypes)))
         order = torch.randperm(len(states))
         held = max(1, int(options.validation * len(states)))
         validation, training = order[:held], order[held:]
@@ -84,7 +104,8 @@ def fit_experts(
     mean_vector = shifts[training].mean(0)
     return ExpertFit(
         experts,
-        scores,
+        criteria,
+        choices,
         clusters,
         curve,
         validation_error=_error(experts(states[validation]).vector, shifts[validation], scale),
@@ -93,16 +114,77 @@ def fit_experts(
     )
 
 
-def _prototypes(shifts: Tensor, counts: tuple[int, int], seed: int) -> tuple[Tensor, np.ndarray, dict[int, float]]:
-    """Centroids of the length-normalised shifts, K by Calinski–Harabasz: (K, d), each shift's cluster, the scores."""
-    normalised = torch.nn.functional.normalize(shifts, dim=-1).double().numpy()
-    fits, scores = {}, {}
-    for k in range(counts[0], min(counts[1], len(shifts) - 1) + 1):
-        fits[k] = KMeans(k, n_init=10, random_state=seed).fit(normalised)
-        if k > 1:
-            scores[k] = float(calinski_harabasz_score(normalised, fits[k].labels_))
-    best = max(scores, key=scores.__getitem__) if scores else counts[0]
-    return torch.from_numpy(fits[best].cluster_centers_).float(), fits[best].labels_, scores
+CRITERIA = ("elbow", "silhouette", "calinski_harabasz")
+SILHOUETTE_SAMPLE = 2000  # its cost is quadratic
+
+
+def _prototypes(
+    shifts: Tensor, counts: tuple[int, int], criteria: tuple[str, ...], seed: int
+) -> tuple[Tensor, np.ndarray, dict[str, dict[int, float]], dict[str, int]]:
+    """K-means centroids, K the (lower) median of the criteria's choices: (K, d), each shift's cluster, scores, choices."""
+    rows = shifts.double().numpy()
+    fits = {
+        k: KMeans(k, n_init=10, random_state=seed).fit(rows)
+        for k in range(counts[0], min(counts[1], len(shifts) - 1) + 1)
+    }
+    judged = {k: fit for k, fit in fits.items() if k > 1}
+    scores: dict[str, dict[int, float]] = {}
+    for name in criteria:
+        if name == "elbow":
+            scores[name] = elbow({k: float(fit.inertia_) for k, fit in fits.items()})
+        elif name == "silhouette":
+            size = min(SILHOUETTE_SAMPLE, len(rows))
+            scores[name] = {
+                k: float(silhouette_score(rows, fit.labels_, sample_size=size, random_state=seed))
+                for k, fit in judged.items()
+            }
+        else:
+            scores[name] = {k: float(calinski_harabasz_score(rows, fit.labels_)) for k, fit in judged.items()}
+    choices = {name: max(found, key=found.__getitem__) if found else counts[0] for name, found in scores.items()}
+    best = sorted(choices.values())[(len(choices) - 1) // 2]
+    return torch.from_numpy(fits[best].cluster_centers_).float(), fits[best].labels_, scores, choices
+
+
+def elbow(inertias: dict[int, float]) -> dict[int, float]:
+    """How far each K's inertia lies under the straight line between the first and the last, in units of their difference.
+
+    Source: Satopaa et al., "Finding a Kneedle in a Haystack", 2011, without its smoothing.
+    """
+    counts = sorted(inertias)
+    first, last = counts[0], counts[-1]
+    drop = inertias[first] - inertias[last]
+    if not drop > 0:
+        return dict.fromkeys(counts, 0.0)
+    return {k: (inertias[first] - inertias[k]) / drop - (k - first) / (last - first) for k in counts}
+
+
+def _outside(shifts: Tensor, prototypes: Tensor) -> Tensor:
+    """What of (N, d) shifts lies outside of the span of (K, d) prototypes."""
+    span = _span(prototypes)
+    rows = shifts.double()
+    return (rows - rows @ span @ span.T).float()
+
+
+def _span(rows: Tensor) -> Tensor:
+    """An orthonormal basis of (K, d) rows' span: (d, rank) float64."""
+    _, values, directions = torch.linalg.svd(rows.double(), full_matrices=False)
+    return directions[values > 1e-6 * values[0]].T
+
+
+def _orthogonal(experts: MixtureOfSteeringExperts) -> MixtureOfSteeringExperts:
+    """The experts with a residual basis orthogonal to their prototypes to rounding.
+
+    Where the shifts have fewer directions outside of the prototypes' span than were asked for, the last principal
+    directions are anyone's guess and may lie in the span: those are dropped, with the MLP's outputs for them.
+    """
+    span, basis = _span(experts.prototypes), experts.residual_basis.double()
+    kept = (span.T @ basis).square().sum(0) < 1e-6
+    basis = basis[:, kept]
+    basis = torch.linalg.qr(basis - span @ (span.T @ basis)).Q.float().contiguous()
+    output_weight, output_bias = (
+        torch.nn.Parameter(p.detach()[kept]) for p in (experts.output_weight, experts.output_bias)
+    )
+    return replace(experts, residual_basis=basis, output_weight=output_weight, output_bias=output_bias)
 
 
 def _initial(
@@ -142,7 +224,7 @@ def _train(
     progress: bool,
 ) -> tuple[MixtureOfSteeringExperts, list[tuple[float, float]]]:
     """AdamW on the operator's own forward; returns the best epoch's experts, frozen, and (training, validation) errors."""
-    parameters = [getattr(experts, name) for name in TRAINED]
+    parameters = [getattr(experts, name) for name in _trained(experts)]
     optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
     best, best_error, since, curve = _freeze(experts), float("inf"), 0, []
     with progress_bar("router and residual", options.epochs, progress) as advance:
@@ -179,8 +261,12 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def _trained(experts: MixtureOfSteeringExperts) -> tuple[str, ...]:
+    return TRAINED if experts.value_projection is None else (*TRAINED, "value_projection")
+
+
 def _freeze(experts: MixtureOfSteeringExperts) -> MixtureOfSteeringExperts:
-    return replace(experts, **{name: getattr(experts, name).detach().clone() for name in TRAINED})
+    return replace(experts, **{name: getattr(experts, name).detach().clone() for name in _trained(experts)})
 
 
 def _error(predicted: Tensor, shifts: Tensor, scale: float) -> float:

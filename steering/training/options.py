@@ -18,7 +18,7 @@ class TrainingOptions:
 
     `layer`: one, several to choose among, or "auto" for all. `cache`: the folder of extracted states; None keeps none.
 
-    Without `ir` files the profile has no gate (method `caa` or `refusal_vector` only make sense so as baselines).
+    Without `ir` files the profile has no gate; `caa` and `refusal_vector` are baselines so, `alphasteer` never has one.
     """
 
     name: str

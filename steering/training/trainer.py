@@ -12,8 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steering.architecture import config_sha256, decoder_layers, text_config, weight_probe
 from steering.errors import TrainingDataError
-from steering.gate import AlwaysOpenGate
-from steering.manifest import GateManifest, ModelReference, ProfileManifest
+from steering.manifest import ModelReference, ProfileManifest
 from steering.profile import SteeringProfile
 from steering.training.cache import StateCache
 from steering.training.data import LabelledQuery, Pair, Query, file_record, read_pairs, read_queries, refuse_overlap
@@ -22,7 +21,7 @@ from steering.training.fit_experts import ExpertFit
 from steering.training.fit_gate import GateFit
 from steering.training.held_out import HeldOut, hold_out
 from steering.training.layers import LayerScore, choose_layer
-from steering.training.methods import expert_metrics, make_experts, make_gate
+from steering.training.methods import make_experts, make_gate, refuse_senseless
 from steering.training.options import TrainingOptions
 from steering.training.progress import progress_bar
 
@@ -97,27 +96,19 @@ def train(
         with progress_bar("layers", len(layers), progress) as advance, warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the chosen layer's are given below
             for i, layer in enumerate(layers):
-                chosen = make_gate(gate_states(i), ir, calibration, quick)[0].chosen if ir else None
-                fit = make_experts(harmful_rows, read[i, pair_rows], deltas[i], quick, False)[0]
-                scores.append(
-                    LayerScore(
-                        layer,
-                        chosen.auc if chosen else None,
-                        chosen.fire_rate if chosen else None,
-                        fit.validation_error if fit else None,
-                    )
-                )
+                gate = make_gate(gate_states(i), ir, calibration, quick)
+                experts = make_experts(gate_states(i), harmful_rows, read[i, pair_rows], deltas[i], quick, False)
+                scores.append(LayerScore(layer, gate.auc, gate.fire_rate, experts.validation_error))
                 advance()
         options = replace(options, layer=choose_layer(scores, len(ir), len(general)).layer)
     else:
         options = replace(options, layer=layers[0])
     index = layers.index(options.layer)
 
-    gate_fit, gate, gate_manifest, gate_metrics = None, AlwaysOpenGate(), GateManifest("always"), {}
-    if ir:
-        gate_fit, gate, gate_manifest, gate_metrics = make_gate(gate_states(index), ir, calibration, options)
+    states = gate_states(index)
+    gate = make_gate(states, ir, calibration, options)
     pair_states, pair_shifts = read[index, pair_rows], deltas[index]
-    expert_fit, experts, experts_manifest = make_experts(harmful_rows, pair_states, pair_shifts, options, progress)
+    experts = make_experts(states, harmful_rows, pair_states, pair_shifts, options, progress)
 
     manifest = ProfileManifest(
         name=options.name,
@@ -132,17 +123,17 @@ def train(
         layer=options.layer,
         positions=options.positions,
         strength=1.0 if options.strength == "auto" else options.strength,
-        gate=gate_manifest,
-        experts=experts_manifest,
+        gate=gate.manifest,
+        experts=experts.manifest,
         tensors_sha256="",
         description=options.description,
         training=_record(options, pairs, bare, command),
-        metrics={"gate": gate_metrics, "experts": expert_metrics(expert_fit, pair_shifts)}
+        metrics={"gate": gate.metrics, "experts": experts.metrics}
         | ({"layers": [asdict(score) for score in scores]} if scores else {}),
     )
-    profile = SteeringProfile(manifest, gate, experts, weight_probe(model))
+    profile = SteeringProfile(manifest, gate.gate, experts.experts, weight_probe(model))
     return Training(
-        profile, options, pairs, pair_queries, pair_states, pair_shifts, gate_fit, expert_fit, scores, held_out
+        profile, options, pairs, pair_queries, pair_states, pair_shifts, gate.fit, experts.fit, scores, held_out
     )
 
 
@@ -150,6 +141,7 @@ def read_examples(options: TrainingOptions) -> tuple[list[Pair], dict[str, list[
     """The pairs, and the queries as "IR", "general" and "calibration", in this order. Raises TrainingDataError."""
     if options.ir and not options.general:
         raise TrainingDataError("--ir needs --general: a gate is chosen by how well it tells the two apart.")
+    refuse_senseless(options)
     pairs = read_pairs(options.pairs)
     names = {"IR": options.ir, "general": options.general, "calibration": options.calibration}
     rows = {name: read_queries(paths) for name, paths in names.items()}

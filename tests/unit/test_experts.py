@@ -10,7 +10,7 @@ import torch
 
 from steering.errors import ShapeError, TrainingDataError
 from steering.experts import ConstantVector, LinearMap
-from steering.training.fit_experts import ExpertOptions, fit_experts
+from steering.training.fit_experts import ExpertOptions, elbow, fit_experts
 from tests.tiny import orthogonal_profile, tiny_model, tiny_profile
 
 
@@ -130,6 +130,58 @@ def test_fitter_finds_the_planted_clusters_and_beats_the_mean_vector():
     assert fit.zero_error == pytest.approx(1, abs=0.05)
     basis = fit.experts.residual_basis
     torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1]), atol=1e-5, rtol=0)
+
+
+ORTHOGONAL = ExpertOptions(variant="orthogonal_residual")
+
+
+def test_orthogonal_variants_residual_basis_is_orthogonal_to_the_prototypes_and_the_standard_ones_is_not():
+    states, shifts, _ = planted(noise=1.0)
+    fit = fit_experts(states, shifts, ORTHOGONAL)
+    assert (
+        fit.experts.residual_basis.shape[1] == 10 and fit.experts.value_projection.abs().max() > 0
+    )  # and it is trained
+    span = torch.linalg.qr(fit.experts.prototypes.T).Q
+    basis = fit.experts.residual_basis
+    torch.testing.assert_close(basis.T @ basis, torch.eye(10), atol=1e-5, rtol=0)
+    assert (span.T @ basis).abs().max() < 1e-5
+    standard = fit_experts(states, shifts).experts
+    assert (torch.linalg.qr(standard.prototypes.T).Q.T @ standard.residual_basis).abs().max() > 0.1
+
+
+def test_orthogonal_variants_prototypes_are_the_means_of_the_shifts_with_their_lengths():
+    states, shifts, which = planted(noise=0.5)
+    shifts = shifts * (1 + which[:, None])  # lengths of their own
+    fit = fit_experts(states, shifts, ExpertOptions(variant="orthogonal_residual", epochs=3))
+    scaled = shifts / shifts.square().sum(-1).mean().sqrt()
+    wanted = [scaled[torch.from_numpy(fit.clusters == k)].mean(0) for k in range(len(fit.experts.prototypes))]
+    torch.testing.assert_close(fit.experts.prototypes, torch.stack(wanted), atol=1e-5, rtol=0)
+    assert fit.experts.prototypes.norm(dim=-1).max() > 1.2  # means of vectors of length 1 are no longer than 1
+
+
+def test_orthogonal_variants_k_is_the_median_of_three_choices_each_the_best_of_its_scores():
+    states, shifts, _ = planted()
+    fit = fit_experts(states, shifts, ExpertOptions(variant="orthogonal_residual", epochs=3))
+    assert set(fit.choices) == set(fit.criteria) == {"elbow", "silhouette", "calinski_harabasz"}
+    for name, scores in fit.criteria.items():
+        assert set(scores) == set(range(4, 11)) and scores[fit.choices[name]] == max(scores.values())
+    assert len(fit.experts.prototypes) == np.median(list(fit.choices.values())) == 5
+    assert fit.cluster_scores == fit.criteria["calinski_harabasz"]
+
+
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
+def test_orthogonal_variant_beats_the_mean_vector_and_drops_directions_that_are_not_there():
+    """Shifts of five directions without noise: outside of the prototypes' span nothing is left for a basis."""
+    states, shifts, _ = planted(noise=0.0)
+    fit = fit_experts(states, shifts, ORTHOGONAL)
+    assert fit.experts.residual_basis.shape[1] == len(fit.experts.output_bias) == 0
+    assert fit.validation_error < 0.1 < 0.5 < fit.mean_vector_error
+
+
+def test_elbow_is_where_the_curve_lies_deepest_under_its_chord():
+    assert elbow({4: 10.0, 5: 2.0, 6: 1.0, 7: 0.0}) == pytest.approx({4: 0, 5: 0.8 - 1 / 3, 6: 0.9 - 2 / 3, 7: 0})
+    assert elbow({4: 3.0, 5: 2.0, 6: 1.0}) == pytest.approx({4: 0, 5: 0, 6: 0})  # a straight line has none
+    assert elbow({4: 1.0}) == {4: 0.0}
 
 
 def test_where_the_query_tells_nothing_the_mixture_cannot_beat_the_mean_vector():

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from server.cli import app
+from steering.gate import CosineGate
 from steering.profile import SteeringProfile
 from tests.lab import make_lab, train
 
@@ -51,6 +53,62 @@ def test_baselines_are_the_means_of_their_shifts(lab, tmp_path):
     assert (deltas.mean(0) - deltas[[p.side == "harmful" for p in pairs]].mean(0)).abs().max() > 1e-2
 
 
+def test_cast_is_a_hard_gate_and_the_mean_of_the_harmful_shifts(lab, tmp_path):
+    assert train(lab, tmp_path / "c", "--method", "cast").exit_code == 0
+    assert train(lab, tmp_path / "r", "--method", "refusal_vector").exit_code == 0
+    profile = SteeringProfile.load(tmp_path / "c")
+    assert isinstance(profile.gate, CosineGate) and profile.manifest.gate.num_calibration == 120
+    assert torch.equal(profile.experts.vector, SteeringProfile.load(tmp_path / "r").experts.vector)
+    assert 0 < profile.manifest.metrics["gate"]["f1"] <= 1
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "c")]).output
+    assert "cosine" in shown and "best F1" in shown
+    assert "CAST, cosine" in (tmp_path / "c" / "README.md").read_text()
+
+
+def test_alphasteer_has_no_gate_and_steers_along_the_mean_of_the_harmful_shifts(lab, tmp_path):
+    result = train(lab, tmp_path / "a", "--method", "alphasteer")
+    assert result.exit_code == 0, result.output
+    assert train(lab, tmp_path / "r", "--method", "refusal_vector").exit_code == 0
+    profile = SteeringProfile.load(tmp_path / "a")
+    assert profile.manifest.gate.kind == "always" and profile.manifest.experts.map_rank == 1
+    assert torch.equal(profile.experts.left[:, 0], SteeringProfile.load(tmp_path / "r").experts.vector)
+    found = profile.manifest.metrics["experts"]
+    assert found["validation_error"] == pytest.approx(min(c["error"] for c in found["comparison"]), abs=1e-4)
+    assert "a matrix of rank 1" in CliRunner().invoke(app, ["inspect", str(tmp_path / "a")]).output
+
+
+def test_the_second_variant_says_so_and_how_it_chose_its_prototypes(lab, tmp_path):
+    result = train(lab, tmp_path / "o", "--variant", "orthogonal_residual")
+    assert result.exit_code == 0, result.output
+    profile = SteeringProfile.load(tmp_path / "o")
+    assert profile.manifest.experts.variant == "orthogonal_residual" and profile.experts.value_projection is not None
+    found = profile.manifest.metrics["experts"]
+    assert set(found["chosen_by"]) == {"elbow", "silhouette", "calinski_harabasz"} <= set(found)
+    assert "orthogonal_residual" in CliRunner().invoke(app, ["inspect", str(tmp_path / "o")]).output
+
+
+@pytest.mark.parametrize("method", ["alphasteer", "cast"])
+def test_layers_are_compared_by_what_the_method_has_to_compare(lab, tmp_path, method):
+    result = train(lab, tmp_path / "x", "--method", method, "--layer", "auto")
+    assert result.exit_code == 0, result.output
+    scores = SteeringProfile.load(tmp_path / "x").manifest.metrics["layers"]
+    assert len(scores) == 4 and all((s["auc"] is None) == (method == "alphasteer") for s in scores)
+    assert all((s["validation_error"] is None) == (method == "cast") for s in scores)
+
+
+@pytest.mark.parametrize(
+    ("without", "extra", "message"),
+    [
+        (("ir", "general", "calibration"), ("--method", "alphasteer"), "alphasteer needs --general"),
+        (("ir", "calibration"), ("--method", "cast"), "cast needs --ir and --general"),
+        ((), ("--method", "caa", "--variant", "orthogonal_residual"), "is of --method finesteer; caa has none"),
+    ],
+)
+def test_a_method_without_what_it_needs_is_refused_before_anything_is_read(lab, tmp_path, without, extra, message):
+    result = train(lab, tmp_path / "x", *extra, **dict.fromkeys(without))
+    assert result.exit_code == 2 and message in " ".join(result.output.split()) and not (tmp_path / "x").exists()
+
+
 def test_inspect_prints_what_is_in_it_and_says_what_is_broken(lab, tmp_path):
     assert train(lab, tmp_path / "p").exit_code == 0
     shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "p")])
@@ -66,6 +124,7 @@ def test_inspect_prints_what_is_in_it_and_says_what_is_broken(lab, tmp_path):
     [
         (("--layer", "9"), "layers 0 to 3"),
         (("--method", "magic"), "--method 'magic' is unknown"),
+        (("--variant", "odd"), "--variant 'odd' is unknown"),
         (("--rank", "many"), "--rank 'many'"),
         (("--tail", "2"), "--tail"),
         (("--rank", "63"), "rank 63 needs"),
