@@ -5,11 +5,13 @@ from __future__ import annotations
 import typer
 
 from server.lab.calibrate import calibrate
+from server.lab.evaluate import evaluate
 from server.lab.inspect import inspect
+from server.lab.suite import suite
 from server.lab.train import train
 
 
 def register(app: typer.Typer) -> None:
     """Add the lab's commands."""
-    for command in (train, calibrate, inspect):
+    for command in (train, calibrate, evaluate, suite, inspect):
         app.command()(command)

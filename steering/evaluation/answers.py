@@ -48,3 +48,6 @@ class Answerer(Protocol):
         self, queries: Sequence[Query], answers: Sequence[str], steering: SteeringOptions = PLAIN, *, label: str = ""
     ) -> list[tuple[float, ...]]:
         """log p of each token of each answer, given its query (and under the steering that the query gets)."""
+
+    def ms_per_token(self, queries: Sequence[Query], steering: SteeringOptions = PLAIN) -> float:
+        """Median decode time per token, each query alone; NaN where none could be timed."""
