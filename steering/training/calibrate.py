@@ -6,7 +6,6 @@ conformal: they hold where new traffic is exchangeable with the files', and a sh
 
 from __future__ import annotations
 
-import bisect
 import hashlib
 import math
 from collections.abc import Sequence
@@ -85,34 +84,34 @@ def calibrate_miss_rate(gate: QuantileGate, ir_ratios: Tensor, miss_rate: float)
 def calibrate_fire_rate(
     gate: QuantileGate, ir_ratios: Tensor, general_ratios: Tensor, fire_rate: float
 ) -> tuple[QuantileGate, Guarantee]:
-    """The lowest threshold whose gate is exactly 0 up to u, the ⌈(1−f)(N+1)⌉-th smallest of (N,) general ratios.
+    """τ = the lowest IR ratio above u, the ⌈(1−f)(N+1)⌉-th smallest of (N,) general ratios, and no soft tail below it.
 
-    An exchangeable general query lies above u with probability at most f, and only there does the gate fire: its soft tail
-    fires too, so τ lies above u by as much as the tail is long. F stays the IR ratios' distribution, and ε becomes the
-    share k/(M+1) whose quantile τ is, so a profile's threshold is still its tail's quantile. The miss rate is what it is.
-    Raises TrainingDataError with too few general queries, or where no IR ratio lies high enough.
+    An exchangeable general query lies above u with probability at most f. A soft gate fires, too, so the floor is raised
+    until the gate is exactly 0 up to u: of the gates that keep the promise this is the one that misses fewest. F stays the
+    IR ratios' distribution, and ε becomes the k/(M+1) whose quantile τ is, so that the threshold is still the tail's
+    quantile. The miss rate is what it is.
+    Raises TrainingDataError with too few general queries, or where no IR ratio lies above u.
     """
     count = len(general_ratios)
     rank = int(fire_rate * (count + 1))
     if rank < 1:
         raise TrainingDataError(_too_few("--fire-rate", fire_rate, "general", count))
-    upper = general_ratios.float().sort().values[count - rank].reshape(1)  # ⌈(1−f)(N+1)⌉ = N + 1 − ⌊f(N+1)⌋
+    upper = general_ratios.float().sort().values[count - rank]  # ⌈(1−f)(N+1)⌉ = N + 1 − ⌊f(N+1)⌋
     ordered = ir_ratios.float().sort().values.contiguous()
-
-    def at(k: int) -> QuantileGate:
-        tail = k / (len(ordered) + 1)
-        while int(tail * (len(ordered) + 1)) < k:
-            tail = math.nextafter(tail, 1)
-        return replace(gate, calibration=ordered, tail=tail)
-
-    ranks = range(1, len(ordered) + 1)
-    found = bisect.bisect_left(ranks, True, key=lambda k: bool(at(k).soft_gate(upper) == 0))
-    if found == len(ranks):
+    k = int((ordered <= upper).sum()) + 1
+    if k > len(ordered):
         raise TrainingDataError(
             f"--fire-rate {fire_rate:g}: a share of more than that of the general queries scores as high as every IR query, so "
             "no threshold is left. Ask for more, or train a gate that tells the two apart better."
         )
-    return at(ranks[found]), Guarantee(fire_rate, rank, count)
+    tail = k / (len(ordered) + 1)
+    while int(tail * (len(ordered) + 1)) < k:  # rounding
+        tail = math.nextafter(tail, 1)
+    soft = replace(gate, calibration=ordered, tail=tail, floor=0.0).soft_gate(upper.reshape(1))
+    least = float(torch.nextafter(soft, torch.ones(1))) if soft > 0 else 0.0
+    return replace(gate, calibration=ordered, tail=tail, floor=max(gate.floor, least)), Guarantee(
+        fire_rate, rank, count
+    )
 
 
 def fired_out_of_sample(gate: QuantileGate, ir_ratios: Tensor, general_ratios: Tensor, fire_rate: float) -> Tensor:
@@ -168,7 +167,8 @@ def calibrate(
     ir = ratios(ir_rows, "IR queries")
     others = ratios(general_rows, "general queries") if general_rows else torch.empty(0)
     if fire_rate is None:
-        new, guarantee = calibrate_miss_rate(gate, ir, miss_rate)
+        soft = profile.manifest.training.get("calibration", {}).get("floor_in_training", gate.floor)
+        new, guarantee = calibrate_miss_rate(replace(gate, floor=soft), ir, miss_rate)
         sentence = guarantee.sentence("fall under the threshold")
         fired = new.soft_gate(others) > 0
     else:
@@ -196,13 +196,16 @@ def calibrate(
         "command": command,
         "from_version": profile.version,
         "from_threshold": old.gate.threshold,
+        "floor_in_training": old.training.get("calibration", {}).get("floor_in_training", old.gate.floor),
         "wanted": {"miss_rate": miss_rate} if fire_rate is None else {"fire_rate": fire_rate},
         "guarantee": {"expected": guarantee.expected, "realised_95": guarantee.realised, "in_words": sentence},
         "queries": file_record(queries, len(ir_rows)),
         "general": file_record(general, len(general_rows)),
         "rates": {name: {"before": before, "after": after} for name, (before, after) in rates.items()},
     }
-    spec = replace(old.gate, tail=new.tail, threshold=float(new.threshold), num_calibration=len(new.calibration))
+    spec = replace(
+        old.gate, tail=new.tail, floor=new.floor, threshold=float(new.threshold), num_calibration=len(new.calibration)
+    )
     manifest = replace(old, gate=spec, metrics=metrics, training=old.training | {"calibration": record})
     return Calibration(replace(profile, manifest=manifest, gate=new), guarantee, sentence, rates)
 
