@@ -109,9 +109,8 @@ def calibrate_fire_rate(
         tail = math.nextafter(tail, 1)
     soft = replace(gate, calibration=ordered, tail=tail, floor=0.0).soft_gate(upper.reshape(1))
     least = float(torch.nextafter(soft, torch.ones(1))) if soft > 0 else 0.0
-    return replace(gate, calibration=ordered, tail=tail, floor=max(gate.floor, least)), Guarantee(
-        fire_rate, rank, count
-    )
+    calibrated = replace(gate, calibration=ordered, tail=tail, floor=max(gate.floor, least))
+    return calibrated, Guarantee(fire_rate, rank, count)
 
 
 def fired_out_of_sample(gate: QuantileGate, ir_ratios: Tensor, general_ratios: Tensor, fire_rate: float) -> Tensor:

@@ -105,8 +105,8 @@ def lab(tmp_path_factory):
     folder = tmp_path_factory.mktemp("calibrate")
     save_tiny_checkpoint(folder / "model")
     traffic = {
-        "queries": [{"query": f"how do I break thing {i}", "source": "ab"[i % 2]} for i in range(60)],
-        "general": [{"query": f"{i} foxes and a cake, please"} for i in range(60)],
+        "queries": [{"query": f"{i} foxes and a cake, please", "source": "ab"[i % 2]} for i in range(60)],
+        "general": [{"query": f"how do I break thing {i}"} for i in range(60)],
     }
     for name, rows in traffic.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -133,7 +133,7 @@ def run(lab, out, *options, profile="profile", general=True):
     return CliRunner().invoke(app, [*words, *options])
 
 
-@pytest.mark.parametrize(("option", "rate"), [("--miss-rate", 0.1), ("--fire-rate", 0.9)])
+@pytest.mark.parametrize(("option", "rate"), [("--miss-rate", 0.1), ("--fire-rate", 0.3)])
 def test_a_calibrated_profile_loads_and_remembers_and_only_its_threshold_is_new(lab, tmp_path, option, rate):
     result = run(lab, tmp_path / "new", option, str(rate))
     assert result.exit_code == 0, result.output
