@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.sparse.linalg import svds
 from torch import Tensor
 
 from steering.errors import TrainingDataError
 from steering.gate import CosineGate, Direction, condition_similarity
 from steering.training.fit_gate import FOLDS
-from steering.training.principal import top_eigenvectors
 from steering.training.statistics import auc
 
 
@@ -81,7 +81,8 @@ def condition_vector(ir_states: Tensor, general_states: Tensor) -> Tensor:
     rows = torch.cat([(s.double() - middle) / len(s) ** 0.5 for s in (ir_states, general_states)])
     if not rows.square().sum() > 0:
         raise TrainingDataError("cast: all queries have the same state. Choose another layer.")
-    first = top_eigenvectors(lambda block: rows.T @ (rows @ block), rows.shape[1], 1)[:, 0]
+    start = np.random.default_rng(0).standard_normal(min(rows.shape))
+    first = torch.from_numpy(svds(rows.numpy(), k=1, v0=start, return_singular_vectors="vh")[2][0].copy())
     return (first / first.norm() * first[first.abs().argmax()].sign()).float()
 
 
