@@ -34,7 +34,7 @@ def markdown(manifest: ProfileManifest, version: str, names: Sequence[str]) -> s
         lines += [
             "| distance to the pair's own shift, held out | share of the mean squared shift |",
             "|---|---|",
-            f"| mixture of {manifest.experts.num_prototypes} experts | **{experts['validation_error']:.3f}** |",
+            f"| `{manifest.method}` | **{experts['validation_error']:.3f}** |",
             f"| mean vector for every query | {experts['validation_error_mean_vector']:.3f} |",
             f"| no vector | {experts['validation_error_zero']:.3f} |",
             "",

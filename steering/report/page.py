@@ -130,9 +130,13 @@ def _gate(manifest: ProfileManifest) -> str:
         for source, m in gate["missed_by_source"].items()
     )
     fired = gate["general_fired"]
+    asks = (
+        f"how much of the query's state lies in the {spec.rank} directions along which queries that need steering lie"
+    )
+    if spec.kind == "cosine":
+        asks = "how the query's state lies to one direction, the condition vector (CAST); the threshold decides all or nothing"
     return (
-        f"<p>Before it answers, the server asks how much of the query's state lies in the {spec.rank} directions along which queries "
-        f"that need steering lie. From {spec.threshold:.3f} on the gate is open. On general queries it fires in {fired['share']:.1%} "
+        f"<p>Before it answers, the server asks {asks}. The threshold is {spec.threshold:.3f}. On general queries it fires in {fired['share']:.1%} "
         f"({fired['low']:.1%} to {fired['high']:.1%}, n = {fired['n']}). Missed, out of sample, 95 % intervals:</p>"
         f"<table><tr><th>source</th><th>n</th><th>missed</th><th>interval</th></tr>{rows}</table>"
     )

@@ -77,7 +77,7 @@ def test_its_numbers_are_the_manifests(folder):
     text = "".join(Page((folder / "report.html").read_text()).text)
     gate = manifest.metrics["gate"]
     assert f"fires in {gate['general_fired']['share']:.1%}" in text and f"n = {gate['general_fired']['n']}" in text
-    assert f"From {manifest.gate.threshold:.3f} on" in text
+    assert f"The threshold is {manifest.gate.threshold:.3f}." in text
     assert all(f"Expert {k}, {n} queries" in text for k, n in enumerate(manifest.metrics["experts"]["cluster_sizes"]))
 
 
@@ -110,11 +110,18 @@ def test_no_examples_leaves_no_training_text_in_the_folder(lab, tmp_path):
     assert "left out of this report, by choice" in text and "a &amp; b" in text
 
 
-@pytest.mark.parametrize("method", ["caa", "refusal_vector"])
-def test_a_baseline_has_the_gates_sections_only(lab, tmp_path, method):
+@pytest.mark.parametrize(("method", "num_figures"), [("caa", 3), ("refusal_vector", 3), ("cast", 0), ("alphasteer", 0)])
+def test_a_baseline_has_its_own_sections_only(lab, tmp_path, method, num_figures):
     assert train(lab, tmp_path / "p", "--method", method).exit_code == 0
     text = (tmp_path / "p" / "report.html").read_text()
-    assert text.count("<svg") == 3 and "What each expert" not in text and "the gate" in text
+    Page(text)
+    assert text.count("<svg") == num_figures and "What each expert" not in text and "None" not in text
+    assert ("condition vector" in text) == (method == "cast") and ("has no gate" in text) == (method == "alphasteer")
+
+
+def test_the_second_variants_report_is_as_whole_as_the_firsts(lab, tmp_path):
+    assert train(lab, tmp_path / "p", "--variant", "orthogonal_residual").exit_code == 0
+    assert (tmp_path / "p" / "report.html").read_text().count("<svg") == 7
 
 
 def test_warnings_name_what_is_weak():
