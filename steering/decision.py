@@ -59,7 +59,8 @@ class SteeringOptions:
 
 @dataclass(frozen=True)
 class ProfileDecision:
-    """What one profile did to one request.
+    """What one profile did to one request. Of a profile with several layers, `layer`, `vector_norm` and `relative_norm` are the
+    first one's.
 
     `fired` means gate > 0; `applied` means the numbers were changed. `relative_norm` = |λ|·g·‖v‖/‖h_q‖, the dose.
     `energy_ratio`, `threshold` and `tail` are None where the profile's gate has none; `routing` and `residual_norm`

@@ -117,6 +117,29 @@ class ConstantVector:
 
 
 @dataclass(frozen=True)
+class LayeredVectors:
+    """A vector of its own for each of several layers, the same for every query: control vectors of other tools.
+
+    Attributes:
+        vectors: (L, d) float32, L ≥ 2, in the order of the profile's layers. The first is the one that is reported.
+    """
+
+    vectors: Tensor
+
+    def __call__(self, states: Tensor) -> Synthesis:
+        """The first layer's vector, once for each of (N, d) states. Raises ShapeError if d is not the vectors'."""
+        return self.at(0)(states)
+
+    def at(self, index: int) -> ConstantVector:
+        """What the `index`-th layer gets."""
+        return ConstantVector(self.vectors[index])
+
+    def to(self, device: torch.device | str) -> LayeredVectors:
+        """The same vectors on `device`."""
+        return LayeredVectors(self.vectors.to(device))
+
+
+@dataclass(frozen=True)
 class LinearMap:
     """v(h) = W h with W = `left` @ `right`: the `alphasteer` baseline, whose W = Δ P vanishes on general queries' states.
 
@@ -147,4 +170,4 @@ class LinearMap:
         return LinearMap(self.left.to(device), self.right.to(device))
 
 
-Experts = MixtureOfSteeringExperts | ConstantVector | LinearMap
+Experts = MixtureOfSteeringExperts | ConstantVector | LayeredVectors | LinearMap

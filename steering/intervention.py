@@ -70,6 +70,11 @@ class Reading:
 class Site:
     """One layer's output, the profiles that act there, and the doses of the sequences that are being decoded.
 
+    A profile with vectors for several layers acts at a site for each, with the same strength, gate mode, positions and
+    shadow. Its first site alone reports it, so it is decided once and its `vector_norm` and `relative_norm` are those of the
+    first layer's vector at the first site; a further site reports it only if its own vector is not finite, in the first
+    one's place.
+
     Attributes:
         table: (1 + num_slots, d), the model's dtype. Row 0 is zero; row 1 + slot is what the slot's answer gets.
     """
@@ -100,12 +105,16 @@ class Site:
             vectors, numbers = _act(profile, activations, mine.float())
             for (i, activation), vector, row in zip(asked, vectors.to(self._dtype), numbers.tolist(), strict=True):
                 decision = _decision(profile, activation, row)
-                decisions[i].append(decision)
+                if profile.layer == self.layer or decision.reason == "non_finite":
+                    decisions[i].append(decision)
                 if decision.applied:
                     doses[i].append((vector, activation.positions == "all"))
         summed = [_sum(found) for found in doses]
         compute_ms = 1000 * (time.perf_counter() - started)
-        return [Reading(tuple(d), dose, compute_ms if d else 0.0) for d, dose in zip(decisions, summed, strict=True)]
+        return [
+            Reading(tuple(found), dose, compute_ms if found or dose is not None else 0.0)
+            for found, dose in zip(decisions, summed, strict=True)
+        ]
 
     def hold(self, slot: int, dose: Dose | None) -> None:
         """Keep the dose of the sequence in `slot` for its decode steps."""
@@ -177,5 +186,6 @@ def sites_of(model: nn.Module, profiles: Sequence[SteeringProfile], num_slots: i
     by_layer: dict[int, list[SteeringProfile]] = {}
     for profile in profiles:
         profile.check_model(model)
-        by_layer.setdefault(profile.layer, []).append(profile.to(device))
+        for layer, part in profile.to(device).by_layer().items():
+            by_layer.setdefault(layer, []).append(part)
     return [Site(layer, found, num_slots, model) for layer, found in sorted(by_layer.items())]

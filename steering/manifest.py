@@ -49,7 +49,8 @@ class GateManifest:
 @dataclass(frozen=True)
 class ExpertsManifest:
     """`mose`: prototypes, routing and residual refinement, in one of two variants (None is standard). `constant`: one vector
-    for every query (caa, refusal_vector, cast). `linear`: a matrix of rank `map_rank` times the state (alphasteer)."""
+    for every query (caa, refusal_vector, cast), or one for each of `layers`, in ascending order. `linear`: a matrix of rank
+    `map_rank` times the state (alphasteer)."""
 
     kind: Literal["mose", "constant", "linear"]
     num_prototypes: int | None = None
@@ -58,14 +59,18 @@ class ExpertsManifest:
     shift_scale: float | None = None
     variant: Variant | None = None
     map_rank: int | None = None
+    layers: list[int] | None = None
 
 
-_LATER_KEYS = {"gate": ("direction",), "experts": ("variant", "map_rank")}
+_LATER_KEYS = {"gate": ("direction",), "experts": ("variant", "map_rank", "layers")}
 
 
 @dataclass(frozen=True)
 class ProfileManifest:
-    """All of `profile.json`. `training` (command, seed, data hashes, choices) and `metrics` are free-form records."""
+    """All of `profile.json`. `training` (command, seed, data hashes, choices) and `metrics` are free-form records.
+
+    `layer`: where gate and experts read and act; of a profile with `experts.layers` the first of them.
+    """
 
     name: str
     method: Method
@@ -80,6 +85,11 @@ class ProfileManifest:
     training: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Every layer at whose output the profile acts."""
+        return tuple(self.experts.layers or (self.layer,))
 
     @property
     def version(self) -> str:
@@ -119,7 +129,25 @@ class ProfileManifest:
             raise ProfileError(
                 f"{source}: layer {manifest.layer} is outside the model's layers 0 to {manifest.model.num_layers - 1}."
             )
+        _check_layers(manifest, source)
         return manifest
+
+
+def _check_layers(manifest: ProfileManifest, source: str) -> None:
+    """Raise ProfileError where `experts.layers` cannot be served."""
+    layers, last = manifest.experts.layers, manifest.model.num_layers - 1
+    if layers is None:
+        return
+    if manifest.gate.kind != "always" or manifest.experts.kind != "constant":
+        raise ProfileError(
+            f"{source}: experts.layers needs gate.kind always and experts.kind constant: a gate decides at one layer, and "
+            "vectors that follow from a query's state are made at one. Keep one layer, or leave the gate out."
+        )
+    if len(layers) < 2 or layers != sorted(set(layers)) or layers[0] != manifest.layer or layers[-1] > last:
+        raise ProfileError(
+            f"{source}: experts.layers is {layers}; it must hold two or more of the model's layers 0 to {last} in ascending "
+            f"order, the first of them layer {manifest.layer}. Import the vectors again."
+        )
 
 
 def _parse(cls: type, data: Any, source: str, path: str) -> Any:
@@ -163,4 +191,7 @@ def _value(hint: Any, value: Any, source: str, path: str) -> Any:
         raise ProfileError(f"{source}: {path} must be {expected.__name__}, not {type(value).__name__}.")
     if isinstance(value, float) and not math.isfinite(value):
         raise ProfileError(f"{source}: {path} is {value}; it must be a finite number.")
+    if expected is list:
+        [item] = typing.get_args(hint)
+        return [_value(item, entry, source, f"{path}[{index}]") for index, entry in enumerate(value)]
     return value

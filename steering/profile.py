@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from steering.architecture import PROBE_SIZE, config_sha256, decoder_layers, probes_match, text_config, weight_probe
 from steering.errors import ProfileError
-from steering.experts import ConstantVector, Experts, LinearMap, MixtureOfSteeringExperts
+from steering.experts import ConstantVector, Experts, LayeredVectors, LinearMap, MixtureOfSteeringExperts
 from steering.gate import AlwaysOpenGate, CosineGate, Gate, QuantileGate
 from steering.manifest import ProfileManifest
 
@@ -65,6 +65,13 @@ class SteeringProfile:
     def to(self, device: torch.device | str) -> SteeringProfile:
         """The same profile with its tensors on `device`."""
         return replace(self, gate=self.gate.to(device), experts=self.experts.to(device))
+
+    def by_layer(self) -> dict[int, SteeringProfile]:
+        """What acts at each of its layers, from the lowest up: itself, or with each layer's vector in the vectors' place."""
+        if not isinstance(self.experts, LayeredVectors):
+            return {self.layer: self}
+        layers = enumerate(self.manifest.layers)
+        return {layer: replace(self, experts=self.experts.at(index)) for index, layer in layers}
 
     def save(self, folder: str | Path) -> SteeringProfile:
         """Write both files, creating the folder; returns the profile whose manifest holds the tensors' hash."""
@@ -138,6 +145,8 @@ class SteeringProfile:
                 tensors["experts.value_projection"] = self.experts.value_projection
         elif isinstance(self.experts, LinearMap):
             tensors |= {"experts.left": self.experts.left, "experts.right": self.experts.right}
+        elif isinstance(self.experts, LayeredVectors):
+            tensors["experts.vector"] = self.experts.vectors
         else:
             tensors["experts.vector"] = self.experts.vector
         return tensors
@@ -206,7 +215,7 @@ def _shapes(manifest: ProfileManifest, tensors: dict[str, Tensor], path: Path) -
         _require(manifest, "gate", ("threshold", "direction", "num_calibration"), path)
         shapes["gate.condition"] = (d,)
     if experts.kind == "constant":
-        return shapes | {"experts.vector": (d,)}
+        return shapes | {"experts.vector": (d,) if experts.layers is None else (len(experts.layers), d)}
     if experts.kind == "linear":
         _require(manifest, "experts", ("map_rank",), path)
         return shapes | {"experts.left": (d, experts.map_rank), "experts.right": (experts.map_rank, d)}
@@ -264,7 +273,8 @@ def _gate(manifest: ProfileManifest, tensors: dict[str, Tensor], path: Path) -> 
 
 def _experts(manifest: ProfileManifest, tensors: dict[str, Tensor], path: Path) -> Experts:
     if manifest.experts.kind == "constant":
-        return ConstantVector(tensors["experts.vector"])
+        made = ConstantVector if manifest.experts.layers is None else LayeredVectors
+        return made(tensors["experts.vector"])
     if manifest.experts.kind == "linear":
         return LinearMap(tensors["experts.left"], tensors["experts.right"])
     if manifest.experts.variant == "orthogonal_residual":

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from steering.architecture import config_sha256, decoder_layers, weight_probe
-from steering.experts import ConstantVector, LinearMap, MixtureOfSteeringExperts
+from steering.experts import ConstantVector, LayeredVectors, LinearMap, MixtureOfSteeringExperts
 from steering.gate import AlwaysOpenGate, CosineGate, QuantileGate, condition_similarity
 from steering.manifest import ExpertsManifest, GateManifest, ModelReference, ProfileManifest
 from steering.profile import SteeringProfile
@@ -207,6 +207,20 @@ def cast_profile(model: PreTrainedModel, layer: int = 1, **options) -> SteeringP
     return replace(profile, manifest=replace(profile.manifest, method="cast", gate=spec), gate=gate)
 
 
+def layered_profile(
+    model: PreTrainedModel, layer: int = 1, further: tuple[int, ...] = (2, 3), **options
+) -> SteeringProfile:
+    """As `constant_profile`, but with no gate and another vector at each of several layers, `layer` the first of them."""
+    profile = constant_profile(model, layer, **options)
+    generator = torch.Generator().manual_seed(8)
+    first = profile.experts.vector
+    others = torch.nn.functional.normalize(torch.randn(len(further), len(first), generator=generator), dim=-1)
+    spec = ExpertsManifest("constant", layers=[layer, *further])
+    manifest = replace(profile.manifest, gate=GateManifest("always"), experts=spec)
+    vectors = LayeredVectors(torch.cat([first[None], others * first.norm()]))
+    return replace(profile, manifest=manifest, gate=AlwaysOpenGate(), experts=vectors)
+
+
 # Each kind of gate and experts that a profile may have.
 PROFILES = {
     "standard": tiny_profile,
@@ -214,6 +228,7 @@ PROFILES = {
     "constant": constant_profile,
     "alphasteer": alphasteer_profile,
     "cast": cast_profile,
+    "layered": layered_profile,
 }
 
 

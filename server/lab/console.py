@@ -24,7 +24,10 @@ def show(console, profile) -> None:
     table.add_row(
         "model", f"{manifest.model.id} ({manifest.model.num_layers} layers, {manifest.model.hidden_size} wide)"
     )
-    table.add_row("site", f"output of layer {manifest.layer}, positions {manifest.positions}")
+    where = f"output of layer {manifest.layer}"
+    if len(manifest.layers) > 1:
+        where = f"outputs of layers {', '.join(map(str, manifest.layers))}"
+    table.add_row("site", f"{where}, positions {manifest.positions}")
     table.add_row("strength", f"{manifest.strength:g}")
     if gate.kind == "always":
         table.add_row("gate", "none: every query is steered")
@@ -43,7 +46,9 @@ def show(console, profile) -> None:
         for source, missed in found["missed_by_source"].items():
             table.add_row(f"misses of {source}", interval(missed))
     if experts.kind == "constant":
-        table.add_row("experts", "one vector for every query")
+        table.add_row(
+            "experts", "one vector for every query" + ("" if experts.layers is None else ", another at each layer")
+        )
     elif experts.kind == "linear":
         table.add_row("experts", f"a matrix of rank {experts.map_rank} times the query's state")
     else:

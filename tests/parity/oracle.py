@@ -10,13 +10,16 @@ from transformers import PreTrainedModel
 
 from steering.architecture import decoder_layers
 from steering.decision import ProfileActivation
-from steering.experts import ConstantVector, LinearMap
+from steering.experts import ConstantVector, LayeredVectors, LinearMap
 from steering.gate import CosineGate, QuantileGate
 from steering.profile import SteeringProfile
 
 
-def gate_and_vector(profile: SteeringProfile, state: torch.Tensor) -> tuple[float, np.ndarray]:
-    """g(h) and v(h) of one (d,) state by the formulas of the paper, in float64."""
+def gate_and_vector(
+    profile: SteeringProfile, state: torch.Tensor, layer: int | None = None
+) -> tuple[float, np.ndarray]:
+    """g(h) and v(h) of one (d,) state at one of the profile's layers, by default the first, by the formulas of the paper, in
+    float64."""
     h = state.double().numpy()
     gate = profile.gate
     g = 1.0
@@ -35,6 +38,8 @@ def gate_and_vector(profile: SteeringProfile, state: torch.Tensor) -> tuple[floa
     e = profile.experts
     if isinstance(e, ConstantVector):
         return g, e.vector.double().numpy()
+    if isinstance(e, LayeredVectors):
+        return g, e.vectors[profile.manifest.layers.index(profile.layer if layer is None else layer)].double().numpy()
     if isinstance(e, LinearMap):
         return g, (e.left.double().numpy() @ e.right.double().numpy()) @ h
     z = (h - e.input_mean.double().numpy()) / e.input_std.double().numpy()
@@ -98,15 +103,16 @@ def _vectors(model, prompt, steering):
     """What is added at each layer, with its positions; and the gates, from the lowest layer up."""
     vectors: dict[int, list[tuple[np.ndarray, str]]] = {}
     gates = []
-    for layer in sorted({profile.layer for profile, _ in steering}):
+    for layer in sorted({layer for profile, _ in steering for layer in profile.manifest.layers}):
         state = _site(model, prompt, vectors, layer, len(prompt))[-1]
         here = []
         for profile, activation in steering:
-            if profile.layer != layer:
+            if layer not in profile.manifest.layers:
                 continue
-            g, v = gate_and_vector(profile, state)
+            g, v = gate_and_vector(profile, state, layer)
             g = {"auto": g, "open": 1.0, "closed": 0.0}[activation.gate]
-            gates.append(g)
+            if layer == profile.layer:
+                gates.append(g)
             strength = 0.0 if activation.shadow else activation.strength
             here.append((strength * g * v, activation.positions))
         vectors[layer] = here

@@ -315,7 +315,7 @@ def test_rows_whose_gate_is_shut_are_unsteered_bit_for_bit_with_chunks_and_hits(
 
 
 @pytest.mark.parametrize("cache", ["cold", "warm", "after a steered request"])
-@pytest.mark.parametrize("made", ["orthogonal_residual", "alphasteer", "cast"])
+@pytest.mark.parametrize("made", ["orthogonal_residual", "alphasteer", "cast", "layered"])
 def test_every_kind_of_profile_in_chunks_with_hits_and_preemption(made, cache):
     requests = [
         request("all", prompt(110, 71), ProfileActivation(made, 3.0, gate="open")),

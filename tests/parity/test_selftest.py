@@ -39,7 +39,7 @@ def test_every_kind_of_profile_passes(made):
 def test_a_map_that_makes_next_to_nothing_of_the_probe_passes(monkeypatch):
     profile = nearly_blind(1e-7, size=1e-3)
     check(profile)
-    monkeypatch.setattr(selftest, "_as_for_its_strongest_query", lambda core, profile: None)
+    monkeypatch.setattr(selftest, "_raised_strength", lambda core, profile, alone: None)
     with pytest.raises(ProfileError, match="it changes nothing"):  # judged by the probe alone
         check(profile)
 
@@ -48,6 +48,24 @@ def test_a_map_that_makes_next_to_nothing_of_the_probe_passes(monkeypatch):
 def test_a_map_too_small_to_steer_anything_is_refused(made):
     profile = nearly_blind(1.0 if made == "alphasteer" else 1e-3, size=1e-12)
     with pytest.raises(ProfileError, match="it changes nothing"):
+        check(profile)
+
+
+@pytest.mark.parametrize(("layer", "said"), [(1, "'p, layer 1'"), (2, "'p, layer 2'"), (3, "'p, layer 3'")])
+def test_every_layer_of_a_profile_must_arrive(layer, said):
+    """Each alone: together the others would hide the one that does nothing."""
+    profile = PROFILES["layered"](reference_model(), 1, name="p", strength=3.0)
+    profile.experts.vectors[layer - 1] = 0
+    with pytest.raises(ProfileError, match=f"{said} does not steer .* it changes nothing"):
+        check(profile)
+
+
+def test_a_layer_that_is_weak_by_itself_passes(monkeypatch):
+    profile = PROFILES["layered"](reference_model(), 1, name="p", strength=3.0)
+    profile.experts.vectors[1] *= 1e-12
+    check(profile)
+    monkeypatch.setattr(selftest, "_raised_strength", lambda core, profile, alone: None)
+    with pytest.raises(ProfileError, match=r"'p, layer 2' .* it changes nothing"):
         check(profile)
 
 

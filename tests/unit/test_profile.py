@@ -69,6 +69,17 @@ WRONG_KINDS = {
     "NaN": ("alphasteer", {"tensor": {"experts__right": torch.full((2, 64), torch.nan)}}, "'experts.right' holds NaN"),
     "no values": ("orthogonal_residual", {"tensor": {"experts__value_projection": None}}, "value_projection' is missing"),
     "values of the standard": ("standard", {"tensor": {"experts__value_projection": torch.ones(3, 64)}}, "is not known"),
+    "one layer": ("layered", {"manifest": {"experts__layers": [1]}}, r"experts.layers is \[1\]; it must hold two or more"),
+    "layers in disorder": ("layered", {"manifest": {"experts__layers": [1, 3, 2]}}, "in ascending order"),
+    "a layer twice": ("layered", {"manifest": {"experts__layers": [1, 2, 2]}}, "in ascending order"),
+    "a layer too many": ("layered", {"manifest": {"experts__layers": [1, 2, 4]}}, "the model's layers 0 to 3"),
+    "another first layer": ("layered", {"manifest": {"layer": 0}}, "the first of them layer 0"),
+    "a layer in words": ("layered", {"manifest": {"experts__layers": [1, "2", 3]}}, r"experts.layers\[1\] must be int, not str"),
+    "layers in words": ("layered", {"manifest": {"experts__layers": "1-3"}}, "experts.layers must be list, not str"),
+    "layers with a gate": ("cast", {"manifest": {"experts__layers": [1, 2]}}, "needs gate.kind always and experts.kind constant"),
+    "layers of a map": ("alphasteer", {"manifest": {"experts__layers": [1, 2]}}, "needs gate.kind always and experts.kind"),
+    "a vector for each layer": ("layered", {"manifest": {"experts__layers": [1, 2]}}, r"must be float32 \(2, 64\)"),
+    "no vector for a layer": ("layered", {"manifest": {"experts__layers": None}}, r"must be float32 \(64,\)"),
     "a third variant": ("standard", {"manifest": {"experts__variant": "odd"}}, "knows: standard, orthogonal_residual"),
     "not orthogonal": (
         "orthogonal_residual",
@@ -93,7 +104,7 @@ def test_a_profile_from_before_there_were_variants_keeps_its_version(folder):
     text = (folder / MANIFEST_FILE).read_text()
     version = SteeringProfile.load(folder).version
     old = json.loads(text)
-    del old["gate"]["direction"], old["experts"]["variant"], old["experts"]["map_rank"]
+    del old["gate"]["direction"], old["experts"]["variant"], old["experts"]["map_rank"], old["experts"]["layers"]
     (folder / MANIFEST_FILE).write_text(json.dumps(old))
     assert SteeringProfile.load(folder).version == version
     change_manifest(folder, experts__variant="standard")
@@ -111,6 +122,12 @@ def test_version_follows_what_acts_and_nothing_else(folder):
 def test_a_version_knows_on_which_side_a_cosine_gate_opens(tmp_path):
     before = PROFILES["cast"](tiny_model()).save(tmp_path).version
     change_manifest(tmp_path, gate__direction="below")
+    assert SteeringProfile.load(tmp_path).version != before
+
+
+def test_a_version_knows_at_which_layers_vectors_act(tmp_path):
+    before = PROFILES["layered"](tiny_model(), 0).save(tmp_path).version
+    change_manifest(tmp_path, experts__layers=[0, 1, 3])
     assert SteeringProfile.load(tmp_path).version != before
 
 

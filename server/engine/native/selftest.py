@@ -5,6 +5,8 @@ A checkpoint or a profile that fails is refused, so nothing is served wrongly or
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -65,17 +67,22 @@ def check_steering(decoder: Decoder, model: PreTrainedModel, profiles: list[Stee
     """Generate two tokens plain, at strength 0, and with the gate forced open: the first two must be equal bit for bit, the
     third must differ, for each profile. Raises ProfileError.
 
+    Of a profile with several layers each layer's vector must arrive, so each is tried alone as well.
+
     A linear map may make next to nothing of the probe's state and much of others, as it should where those states are like
-    benign ones. It gets a second try at the strength that gives the probe what its strongest query would get.
+    benign ones. It gets a second try at the strength that gives the probe what its strongest query would get. One layer's
+    vector of several may be weak by itself: it gets a second try at the strength that makes it as long as the probe's state.
     """
     options = EngineOptions(max_num_seqs=1, max_model_len=LENGTH, prefix_cache_bytes=0)
-    core, _ = build_core(decoder, model, profiles, options)
+    parts = [part for profile in profiles for part in _layers_alone(profile)]
+    core, _ = build_core(decoder, model, [*profiles, *parts], options)
     plain = _generate(core, ())
-    for profile in profiles:
+    for number, profile in enumerate([*profiles, *parts]):
         strength = 4 * (profile.manifest.strength or 1.0)  # coarse dtypes must show it
         shut = _generate(core, (ProfileActivation(profile.name, 0.0, gate="open"),))
         steered = _generate(core, (ProfileActivation(profile.name, strength, gate="open"),))
-        if steered == plain and (raised := _as_for_its_strongest_query(core, profile)) is not None:
+        alone = number >= len(profiles)
+        if steered == plain and (raised := _raised_strength(core, profile, alone)) is not None:
             steered = _generate(core, (ProfileActivation(profile.name, raised, gate="open"),))
         if shut != plain or steered == plain:
             what = "at strength 0 it changes answers" if shut != plain else "it changes nothing"
@@ -85,15 +92,31 @@ def check_steering(decoder: Decoder, model: PreTrainedModel, profiles: list[Stee
             )
 
 
-def _as_for_its_strongest_query(core: EngineCore, profile: SteeringProfile) -> float | None:
-    """The strength at which a linear map's dose on the probe is the profile's largest possible, λ‖W‖₂; None where no strength
-    is: other experts, and a map that makes nothing at all of the probe."""
-    if not isinstance(profile.experts, LinearMap):
-        return None
+def _layers_alone(profile: SteeringProfile) -> list[SteeringProfile]:
+    """Each layer of a profile with several as a profile of its own; none of one with one layer."""
+    parts, manifest = profile.by_layer(), profile.manifest
+    if len(parts) == 1:
+        return []
+    experts = replace(manifest.experts, layers=None)
+    return [
+        replace(part, manifest=replace(manifest, name=f"{profile.name}, layer {layer}", layer=layer, experts=experts))
+        for layer, part in parts.items()
+    ]
+
+
+def _raised_strength(core: EngineCore, profile: SteeringProfile, alone: bool) -> float | None:
+    """The strength at which the dose on the probe, relative to its state, is a linear map's largest possible, λ‖W‖₂, or 1 for
+    a layer that is tried alone; None where no strength is: other profiles, and a map that makes nothing at all of the probe."""
     strength = profile.manifest.strength or 1.0
+    if isinstance(profile.experts, LinearMap):
+        wanted = abs(strength) * profile.experts.gain
+    elif alone:
+        wanted = 1.0
+    else:
+        return None
     first = _run(core, (ProfileActivation(profile.name, strength, gate="open"),))[0]
     dose = first.decision.profiles[0].relative_norm if isinstance(first, TokenEvent) and first.decision else 0.0
-    return strength * abs(strength) * profile.experts.gain / dose if dose > 0 else None
+    return strength * wanted / dose if dose > 0 else None
 
 
 def _generate(core: EngineCore, activations: tuple[ProfileActivation, ...]) -> list[object]:
