@@ -101,12 +101,14 @@ def evaluate(
     except (SteeringError, OSError) as error:
         stop(console, str(error))
     heads, rows = lines(found)
-    table = Table(title="plain against steered", title_justify="left")
-    for head in ("", *heads):
-        table.add_column(head)
-    for label, texts in rows:
-        table.add_row(label.replace("**", ""), *texts)
-    console.print(table)
+    for group in dict.fromkeys(row.group for row in rows):
+        table = Table(title=group or "all suites", title_justify="left")
+        for head in ("", *heads):
+            table.add_column(head)
+        for row in rows:
+            if row.group == group:
+                table.add_row(row.measure, *row.texts, style="bold" if row.main else "")
+        console.print(table)
     for note in notes(found):
         console.print(note, soft_wrap=True)
     broken = [

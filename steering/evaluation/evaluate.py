@@ -7,6 +7,7 @@ import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,7 @@ def evaluate(
 
     Args:
         columns: the steered ones; names differ, none is "plain".
-        endpoint: gives a judge by the name of a rubric, which then judges where the suite names no rule of its own that it would
-            replace; None: rules alone judge.
+        endpoint: gives a judge by the name of a rubric, which judges the kinds that have one; None: rules alone judge.
         out: answers and likelihoods are kept there and not computed again; None: in memory.
         model_key: tells one model from another among what is kept.
     Raises:
@@ -145,7 +145,8 @@ def evaluate(
             for column in everything:
                 key = suite.name, file.name, column.name
                 cells[key] = _cell(suite, file, judges[suite.name], answers[key], plain, liked.get(key))
-    timed = [item.query for item in suites[0].files[0].items[:NUM_TIMED]]
+    first = [[item.query for item in suite.files[0].items] for suite in suites]
+    timed = [query for turn in zip_longest(*first) for query in turn if query is not None][:NUM_TIMED]
     return Evaluation(
         everything,
         tuple(suites),
@@ -153,7 +154,7 @@ def evaluate(
         {suite.name: _judge_name(suite, judges[suite.name]) for suite in suites},
         {suite.name: judges[suite.name].verdict if judges[suite.name] else "exact match" for suite in suites},
         _time(answerer, everything, timed),
-        f"{len(timed)} queries of {suites[0].name}, one at a time",
+        f"{len(timed)} queries of all suites in turn, one at a time",
     )
 
 

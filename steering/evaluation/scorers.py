@@ -7,7 +7,7 @@ from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
-_UNITS = re.compile(r"\\(?:text|mbox|mathrm)\{[^{}]*\}\s*$")
+_UNITS = re.compile(r"(?<=[\d}])\s*\\(?:text|mbox|mathrm)\{[^{}]*\}\s*$")
 
 
 def last_number(text: str) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from steering.evaluation.evaluate import Cell, Column, Evaluation
 from steering.evaluation.likelihood import NAME as LIKELIHOODS
@@ -11,7 +12,16 @@ from steering.evaluation.suites import Suite
 from steering.training.statistics import Share
 
 BETTER = {"attack": "↑", "over_refusal": "↓", "benign": "↓", "exact_match": "↑", "truthfulqa": "↑", "preference": "↑"}
-Line = tuple[str, list[str]]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A measure of one suite's file (`group`; empty: of everything), with a text for each column. `main`: what the suite counts."""
+
+    group: str
+    measure: str
+    texts: tuple[str, ...]
+    main: bool = False
 
 
 def lines(evaluation: Evaluation, columns: Sequence[Column] | None = None) -> tuple[list[str], list[Line]]:
@@ -21,17 +31,17 @@ def lines(evaluation: Evaluation, columns: Sequence[Column] | None = None) -> tu
     for suite in evaluation.suites:
         for label, cells in _rows(evaluation, suite, columns):
             found += _measures(evaluation, suite, label, cells)
-    times = [f"{evaluation.ms_per_token[c.name]:.2f}" for c in columns]
-    found.append(("ms per token", times))
-    said = [(label, texts) for label, texts in found if any(text not in ("–", "nan") for text in texts)]
-    return [_head(column) for column in columns], said
+    found.append(Line("", "ms per token", tuple(_text(evaluation.ms_per_token[c.name]) for c in columns)))
+    return [_head(column) for column in columns], [line for line in found if set(line.texts) != {"–"}]
 
 
 def markdown(evaluation: Evaluation, columns: Sequence[Column] | None = None) -> str:
     """The table and its notes."""
     heads, found = lines(evaluation, columns)
     rows = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    rows += [f"| {label} | " + " | ".join(texts) + " |" for label, texts in found]
+    for line in found:
+        label = f"{line.group}: {line.measure}" if line.group else line.measure
+        rows.append(f"| {f'**{label}**' if line.main else label} | " + " | ".join(line.texts) + " |")
     return "\n".join([*rows, "", *notes(evaluation)])
 
 
@@ -64,22 +74,22 @@ def _rows(evaluation: Evaluation, suite: Suite, columns: Sequence[Column]) -> li
 
 
 def _measures(evaluation: Evaluation, suite: Suite, label: str, cells: Sequence[Cell]) -> list[Line]:
-    def each(measure: Callable[[Cell], object]) -> list[str]:
-        return [_text(measure(cell)) for cell in cells]
+    def line(measure: str, of: Callable[[Cell], object], main: bool = False) -> Line:
+        return Line(label, measure, tuple(_text(of(cell)) for cell in cells), main)
 
-    kind = "refusals of the right kind" if suite.kind == "attack" else "answers of the right kind"
+    kind = "refusals of the right kind ↑" if suite.kind == "attack" else "answers of the right kind ↑"
     return [
-        (f"**{label}: {evaluation.verdicts[suite.name]}** {BETTER[suite.kind]}", each(lambda c: c.hit)),
-        (f"{label}: {kind}", each(lambda c: c.right_kind)),
-        (f"{label}: MC1 ↑", each(lambda c: c.mc1)),
-        (f"{label}: MC2 ↑", each(lambda c: c.mc2)),
-        (f"{label}: preferred reference likelier ↑", each(lambda c: c.prefers)),
-        (f"{label}: gate fired", each(lambda c: c.fired)),
-        (f"{label}: same tokens as plain", each(lambda c: c.identical)),
-        (f"{label}, gate shut: same tokens as plain", each(lambda c: c.unfired_identical)),
-        (f"{label}: degenerate ↓", each(lambda c: c.degenerate)),
-        (f"{label}: perplexity under the plain model", each(lambda c: c.perplexity)),
-        (f"{label}: dose where fired", each(lambda c: c.dose if c.fired.hits else None)),
+        line(f"{evaluation.verdicts[suite.name]} {BETTER[suite.kind]}", lambda c: c.hit, main=True),
+        line(kind, lambda c: c.right_kind),
+        line("MC1 ↑", lambda c: c.mc1),
+        line("MC2 ↑", lambda c: c.mc2),
+        line("preferred reference likelier ↑", lambda c: c.prefers),
+        line("gate fired", lambda c: c.fired),
+        line("same tokens as plain", lambda c: c.identical),
+        line("gate shut: same tokens as plain", lambda c: c.unfired_identical),
+        line("degenerate ↓", lambda c: c.degenerate),
+        line("perplexity under the plain model", lambda c: c.perplexity),
+        line("dose where fired", lambda c: c.dose if c.fired.hits else None),
     ]
 
 
