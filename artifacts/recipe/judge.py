@@ -1,4 +1,4 @@
-"""Rules that read an answer: is it a refusal, of which kind, does it help on the topic, is it fluent."""
+"""Rules that read the demo's answers: a refusal of which kind, help on which topic, fluent or not."""
 
 from __future__ import annotations
 
@@ -7,18 +7,12 @@ import re
 from artifacts.recipe.answers import HELP_MARKERS, REFUSAL_MARKERS
 from artifacts.recipe.subjects import Subject
 
-_REFUSAL = re.compile(r"\bI(?: can'?t|'m (?:not able|unable)| cannot| won'?t| am (?:unable|not able))\b", re.I)
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
 
 
 def sentences(text: str) -> list[str]:
     """The text's sentences, stripped."""
     return [s for s in _SENTENCE.split(text.strip()) if s]
-
-
-def is_refusal(text: str) -> bool:
-    """ "I can't", "I cannot", "I won't", "I'm not able", "I am unable" in the first two sentences."""
-    return bool(_REFUSAL.search(" ".join(sentences(text.replace("’", "'"))[:2])))
 
 
 def refusal_kinds(text: str) -> set[Subject]:

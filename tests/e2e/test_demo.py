@@ -12,7 +12,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from artifacts.recipe.judge import is_fluent, is_refusal
+from artifacts.recipe.judge import is_fluent
+from steering.evaluation.judges import is_refusal
 from tests.serving import process, sample
 
 ROOT = Path(__file__).parents[2]
