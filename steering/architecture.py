@@ -66,3 +66,16 @@ def weight_probe(model: nn.Module) -> Tensor:
 def probes_match(ours: Tensor, theirs: Tensor) -> bool:
     """Whether two probes are of the same weights, up to a cast through bfloat16."""
     return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=2e-2, atol=1e-4)
+
+
+def model_key(model: nn.Module) -> str:
+    """A hash that tells checkpoints, and their dtypes, apart: of the shape and of 64 values of every weight that is loaded.
+
+    More than `weight_probe`, which reads the embedding alone: fine-tuning may leave that as it was.
+    """
+    digest = hashlib.sha256(f"{config_sha256(model)} {model.dtype}".encode())
+    for name, weight in sorted(model.state_dict().items()):
+        if not weight.is_meta:
+            index = torch.linspace(0, weight.numel() - 1, 64, dtype=torch.float64).long().to(weight.device)
+            digest.update(name.encode() + weight.detach().flatten()[index].float().cpu().numpy().tobytes())
+    return digest.hexdigest()

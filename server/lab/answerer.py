@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import statistics
 import time
@@ -10,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,7 +18,7 @@ from server.engine.native.core import EngineCore
 from server.engine.native.load import DEFAULT_MAX_MODEL_LEN, load_model, make_decoder
 from server.engine.native.selftest import check_steering
 from server.engine.native.sequence import SequenceGroup, SteeringState
-from steering.architecture import config_sha256, text_config
+from steering.architecture import model_key, text_config
 from steering.decision import SteeringDecision, SteeringOptions
 from steering.errors import ModelError, TrainingDataError
 from steering.evaluation.answers import PLAIN, Answer
@@ -208,16 +206,6 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     if not ids:
         raise ModelError("the model names no end-of-sequence token, so no answer would end. Set eos_token_id.")
     return frozenset(ids)
-
-
-def model_key(model: PreTrainedModel) -> str:
-    """A hash that tells checkpoints, and their dtypes, apart: of the shape and of 64 values of every weight."""
-    digest = hashlib.sha256(f"{config_sha256(model)} {model.dtype}".encode())
-    for name, weight in sorted(model.state_dict().items()):
-        index = torch.linspace(0, weight.numel() - 1, 64, dtype=torch.float64).long()
-        values = weight.detach().flatten()[index.to(weight.device)].float().cpu()
-        digest.update(name.encode() + values.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _take_over(group: SequenceGroup, decided: SequenceGroup, num_query_tokens: int) -> None:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from steering.architecture import config_sha256, weight_probe
+from steering.architecture import model_key
 
 
 class StateCache:
@@ -21,16 +21,7 @@ class StateCache:
 
     def __init__(self, folder: Path, model: nn.Module) -> None:
         self.folder = folder
-        probe = weight_probe(model)
-        digest = hashlib.sha256(f"{config_sha256(model)} {model.dtype} {probe.dtype}".encode())
-        digest.update(probe.detach().float().cpu().contiguous().numpy().tobytes())
-        for (
-            parameter
-        ) in model.parameters():  # the probe reads the embedding alone, which fine-tuning may leave as it was
-            if not parameter.is_meta:
-                flat = parameter.detach().flatten()
-                digest.update(flat[:: max(1, len(flat) // 16)][:16].double().cpu().numpy().tobytes())
-        self._model = digest.hexdigest()
+        self._model = model_key(model)
 
     def path(self, layers: Sequence[int], rows: Sequence[tuple[list[int], int]]) -> Path:
         """The window's file. `rows`: token ids (so template and text are in the name, too) and where the answer starts."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from artifacts.recipe.evaluate import evaluation_sets
+from artifacts.recipe.suites import suites
 from server.engine.native.load import load_model
 from steering.gate import energy_ratio
 from steering.profile import SteeringProfile
@@ -48,8 +48,8 @@ def states(profile):
         name: [row.query for row in read_queries([DATA / f"{name}.jsonl"])]
         for name in ("harmful_train", "harmful_val", "benign_train", "benign_val")
     }
-    for name, queries in evaluation_sets(DATA).items():
-        sets[name] = [Query((("user", query),)) for query in queries]
+    for name, (_, rows) in suites(DATA).items():
+        sets[name] = [Query((("user", row["query"]),)) for row in rows]
     found = {}
     for name, queries in sets.items():
         short = [q for q in queries if len(encode_query(tokenizer, q)) <= MOST_TOKENS][:1000]
