@@ -25,6 +25,7 @@ from steering.manifest import ProfileManifest
 
 MANIFEST_FILE = "profile.json"
 TENSOR_FILE = "profile.safetensors"
+EVIDENCE_FILE = "evidence.json"  # what its report is drawn from; no part of the profile
 GATE_TENSORS = ("mean", "basis", "calibration")
 MOSE_TENSORS = (
     "prototypes",
@@ -163,7 +164,7 @@ def profile_folder(reference: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(reference), allow_patterns=[MANIFEST_FILE, TENSOR_FILE, "evidence.json"]))
+        return Path(snapshot_download(str(reference), allow_patterns=[MANIFEST_FILE, TENSOR_FILE, EVIDENCE_FILE]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ProfileError(
             f"{reference}: neither a folder here nor a repository that the hub would give us "

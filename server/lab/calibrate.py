@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -39,8 +40,10 @@ def calibrate(
 
     from server.config import demo_folder
     from server.engine.native.load import load_model
-    from steering.profile import SteeringProfile
+    from steering.profile import EVIDENCE_FILE, SteeringProfile, profile_folder
+    from steering.report import rebuild_report
     from steering.training.calibrate import calibrate as run
+    from steering.training.card import write_card
 
     reference = model or str(demo_folder() / "demo")
     try:
@@ -61,6 +64,11 @@ def calibrate(
             progress=True,
         )
         after = found.profile.save(out)
+        evidence = profile_folder(profile) / EVIDENCE_FILE
+        if evidence.is_file() and evidence.parent.resolve() != out.resolve():
+            shutil.copy(evidence, out)  # the subspace's ratios stay what they were
+        rebuild_report(after, out)
+        write_card(after, out)
     except (SteeringError, OSError) as error:
         stop(console, str(error))
     table = Table(title=f"profile {after.name}", title_justify="left")

@@ -28,6 +28,8 @@ def rebuild_report(profile: SteeringProfile, folder: Path, out: Path | None = No
     """
     out = folder if out is None else out
     out.mkdir(parents=True, exist_ok=True)
+    for stale in (*out.glob("report_*.png"), *out.glob("report_*.svg")):  # another method may have drawn more
+        stale.unlink()
     manifest, evidence, svgs = profile.manifest, evidence_file.load(folder), {}
     for name, draw in figures(manifest, evidence).items():
         png, svgs[name] = render(draw, name)

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from steering.errors import ProfileError
+from steering.profile import EVIDENCE_FILE
 from steering.training.fit_experts import ExpertFit
 from steering.training.trainer import Training
 
-FILE = "evidence.json"
 MAX_POINTS = 2000
-NUM_EXAMPLES = 3
+NUM_EXAMPLES, NUM_KINDS = 3, 6
 DIGITS = 4
 
 
@@ -42,18 +42,38 @@ def collect(training: Training, examples: bool = True) -> dict[str, Any]:
 
 def save(evidence: dict[str, Any], folder: Path) -> None:
     """Write it beside the profile; no part of the profile's version."""
-    (folder / FILE).write_text(json.dumps(evidence, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    (folder / EVIDENCE_FILE).write_text(
+        json.dumps(evidence, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+    )
 
 
 def load(folder: Path) -> dict[str, Any]:
     """The folder's evidence; empty where there is none (an imported profile). Raises ProfileError for a damaged file."""
-    path = folder / FILE
+    path = folder / EVIDENCE_FILE
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ProfileError(f"{path}: not valid JSON ({error}). Delete it, or train the profile again.") from error
+    if not _has(found, {"examples": bool}) or not all(
+        part not in found or _has(found[part], keys) for part, keys in PARTS.items()
+    ):
+        raise ProfileError(f"{path}: not what the trainer writes. Delete it, or train the profile again.")
+    return found
+
+
+PARTS = {
+    "gate": {"ir": list, "general": list},
+    "experts": {"points": list, "prototypes": list, "experts": list, "entropy": list, "curve": list},
+}
+
+
+def _has(found: Any, keys: dict[str, type]) -> bool:
+    """Whether it is an object with these keys, none of them empty."""
+    return isinstance(found, dict) and all(
+        isinstance(found.get(key), kind) and (kind is bool or found[key]) for key, kind in keys.items()
+    )
 
 
 def _experts(training: Training, fit: ExpertFit, examples: bool) -> dict[str, Any]:
@@ -65,18 +85,19 @@ def _experts(training: Training, fit: ExpertFit, examples: bool) -> dict[str, An
     prototypes = fit.experts.prototypes
     routing = fit.experts.routing(training.pair_states).detach()
     entropy = -(routing * routing.clamp_min(1e-12).log()).sum(-1) / math.log(max(len(prototypes), 2))
-    labels = {pair.query: pair.kind or pair.side for pair in training.pairs}
+    labels = {pair.query: pair for pair in training.pairs}
     rows = _some(torch.arange(len(points))).tolist()
     described = []
     for k in range(len(prototypes)):
         mine = np.flatnonzero(fit.clusters == k)
         distance = (unit[mine] - prototypes[k]).norm(dim=-1)
         nearest = mine[distance.argsort().numpy()[:NUM_EXAMPLES]]
-        counts = Counter(labels[training.pair_queries[i]] for i in mine)
+        own = [labels[training.pair_queries[i]] for i in mine]
+        sides, kinds = (Counter(filter(None, (getattr(p, name) for p in own))) for name in ("side", "kind"))
         described.append(
             {
                 "size": len(mine),
-                "labels": {label: count for label, count in counts.most_common(6) if label},
+                "labels": [*sides.most_common(), *kinds.most_common(NUM_KINDS)],
                 "nearest": [training.pair_queries[i].chat[-1]["content"] for i in nearest] if examples else [],
             }
         )

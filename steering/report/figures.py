@@ -25,6 +25,7 @@ STYLE = {
     "legend.frameon": False,
     "svg.fonttype": "none",
 }
+CRITERIA = {"elbow": "elbow", "silhouette": "silhouette", "calinski_harabasz": "Calinski–Harabasz"}
 Draw = Callable[[Axes], None]
 
 
@@ -35,11 +36,12 @@ def figures(manifest: ProfileManifest, evidence: dict[str, Any]) -> dict[str, Dr
     threshold, tail = manifest.gate.threshold, manifest.gate.tail
     if gate:
         found["energy_ratio"] = lambda ax: _ratios(ax, gate, threshold)
+    if gate and metrics.get("gate"):
         found["roc"] = lambda ax: _roc(ax, gate, tail, metrics["gate"]["auc"])
     if comparison := metrics.get("gate", {}).get("comparison"):
         found["rank_and_centre"] = lambda ax: _comparison(ax, comparison, manifest.gate.centre, manifest.gate.rank)
-    if scores := metrics.get("experts", {}).get("calinski_harabasz"):
-        found["clusters"] = lambda ax: _clusters(ax, scores, manifest.experts.num_prototypes)
+    if criteria := {k: v for k, v in metrics.get("experts", {}).items() if k in CRITERIA and v}:
+        found["clusters"] = lambda ax: _clusters(ax, criteria, manifest.experts.num_prototypes)
     if experts:
         found["experts"] = lambda ax: _map(ax, experts)
         found["entropy"] = lambda ax: _entropy(ax, experts["entropy"])
@@ -63,6 +65,11 @@ def render(draw: Draw, name: str) -> tuple[bytes, str]:
     return png.getvalue(), svg.getvalue()
 
 
+def _legend(ax: Axes) -> None:
+    """Beside the axes, where it covers nothing."""
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+
+
 def _ratios(ax: Axes, gate: dict, threshold: float) -> None:
     low = min(*gate["ir"], *gate["general"])
     bins = np.linspace(low, 1, 61)
@@ -70,7 +77,7 @@ def _ratios(ax: Axes, gate: dict, threshold: float) -> None:
         ax.hist(ratios, bins, weights=np.full(len(ratios), 1 / len(ratios)), alpha=0.6, color=colour, label=label)
     ax.axvline(threshold, color=DARK, linestyle="--", label=f"threshold {threshold:.3f}")
     ax.set(title="Energy ratio, out of sample", xlabel="energy ratio", ylabel="share of queries")
-    ax.legend(loc="upper center")
+    _legend(ax)
 
 
 def _roc(ax: Axes, gate: dict, tail: float, auc: float) -> None:
@@ -82,7 +89,7 @@ def _roc(ax: Axes, gate: dict, tail: float, auc: float) -> None:
     ax.axvline(tail, color=DARK, linestyle="--", label=f"wanted miss rate {tail:g}")
     ax.set(title=f"What a lower miss rate costs (AUC {auc:.3f})", xlim=(-0.01, 0.5), ylim=(-0.01, 0.5))
     ax.set(xlabel="queries that need steering, missed", ylabel="general queries fired on")
-    ax.legend()
+    _legend(ax)
 
 
 def _comparison(ax: Axes, comparison: list[dict], centre: str, rank: int) -> None:
@@ -96,16 +103,18 @@ def _comparison(ax: Axes, comparison: list[dict], centre: str, rank: int) -> Non
     ticks = sorted({c["rank"] for c in comparison})
     ax.set_xticks(ticks, [str(t) for t in ticks])
     ax.minorticks_off()
-    ax.legend()
+    _legend(ax)
 
 
-def _clusters(ax: Axes, scores: dict[str, float], chosen: int) -> None:
-    counts, values = zip(*sorted((int(k), v) for k, v in scores.items()), strict=True)
-    ax.plot(counts, values, marker="o", color=GENERAL)
-    if str(chosen) in scores:
-        ax.scatter([chosen], [scores[str(chosen)]], s=160, facecolors="none", edgecolors="black", label="chosen")
-        ax.legend()
-    ax.set(title="Number of experts", xlabel="experts", ylabel="Calinski–Harabasz index", xticks=counts)
+def _clusters(ax: Axes, criteria: dict[str, dict[str, float]], chosen: int) -> None:
+    """Each criterion over K, from 0 at its lowest to 1 at its highest."""
+    for (name, scores), colour in zip(criteria.items(), (GENERAL, IR, GREY), strict=False):
+        counts, values = zip(*sorted((int(k), v) for k, v in scores.items()), strict=True)
+        span = (max(values) - min(values)) or 1.0
+        ax.plot(counts, [(v - min(values)) / span for v in values], marker="o", color=colour, label=CRITERIA[name])
+    ax.axvline(chosen, color=DARK, linestyle="--", label=f"chosen: {chosen}")
+    ax.set(title="Number of experts", xlabel="experts", ylabel="criterion, lowest 0, highest 1", xticks=counts)
+    _legend(ax)
 
 
 def _map(ax: Axes, experts: dict) -> None:
@@ -116,7 +125,7 @@ def _map(ax: Axes, experts: dict) -> None:
         label = f"expert {k} ({experts['experts'][k]['size']})"
         ax.scatter(*prototype, s=170, marker="*", color=colour, edgecolors="black", label=label, zorder=3)
     ax.set(title="Shifts in two dimensions, and the experts", xlabel="first direction", ylabel="second direction")
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    _legend(ax)
 
 
 def _entropy(ax: Axes, entropy: list[float]) -> None:
@@ -133,7 +142,7 @@ def _curve(ax: Axes, curve: list[list[float]], metrics: dict) -> None:
     ax.axhline(metrics["validation_error_mean_vector"], color=GENERAL, linestyle="--", label="mean vector for all")
     ax.axhline(metrics["validation_error_zero"], color=DARK, linestyle=":", label="no vector")
     ax.set(title="Distance to the true shift", xlabel="epoch", ylabel="error / mean squared shift", ylim=(0, None))
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    _legend(ax)
 
 
 def _strength(ax: Axes, sweep: dict) -> None:
@@ -153,7 +162,7 @@ def _strength(ax: Axes, sweep: dict) -> None:
     ax.set(
         title="Answers at each strength", xlabel="strength, and below it the dose", ylabel="share", ylim=(-0.03, 1.03)
     )
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    _legend(ax)
 
 
 def _layers(ax: Axes, layers: list[dict], chosen: int) -> None:
@@ -171,4 +180,4 @@ def _layers(ax: Axes, layers: list[dict], chosen: int) -> None:
         ylim=(0, 1.05),
         xticks=[row["layer"] for row in layers][:: 1 + len(layers) // 20],
     )
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    _legend(ax)

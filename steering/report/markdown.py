@@ -32,7 +32,7 @@ def markdown(manifest: ProfileManifest, version: str, names: Sequence[str]) -> s
         ]
     if experts := manifest.metrics.get("experts"):
         lines += [
-            "| distance to the pair's own shift, held out | share of the mean squared shift |",
+            f"| held out | {experts.get('unit', 'error')} |",
             "|---|---|",
             f"| `{manifest.method}` | **{experts['validation_error']:.3f}** |",
             f"| mean vector for every query | {experts['validation_error_mean_vector']:.3f} |",

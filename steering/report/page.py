@@ -18,11 +18,12 @@ figure{margin:1rem 0}figcaption{color:#555}
 """
 CAPTIONS = {
     "energy_ratio": "Each query's energy ratio, read by a subspace that it did not shape. The two humps should lie apart, with the "
-    "threshold between them: what lies right of it is steered.",
+    "threshold between them: what lies right of it is steered in full, what lies just left of it partly.",
     "roc": "Left along the curve fewer queries that need steering are missed, and more general ones are steered for nothing.",
     "rank_and_centre": "The subspace's rank and the point it is measured from are a choice. Of those that fire least on general "
     "queries the smallest rank was taken. A curve under 0.5 is a gate that works backwards.",
-    "clusters": "How well separated the groups of shifts are, for each number of groups; the highest is taken.",
+    "clusters": "How well separated the groups of shifts are, for each number of groups. A criterion chooses where it is highest; of "
+    "several criteria the median choice is taken.",
     "experts": "Each point is a training pair's shift, brought to length 1; stars are the experts. Points of one colour that lie "
     "together mean that an expert stands for something.",
     "entropy": "Whether the router mixes experts or picks one.",
@@ -99,7 +100,7 @@ def warnings(manifest: ProfileManifest, evidence: dict[str, Any]) -> list[str]:
             )
     if experts and experts["validation_error"] >= experts["validation_error_mean_vector"]:
         found.append(
-            "The experts are no better than one mean vector on pairs that trained nothing: caa would do as well."
+            "What it makes for each query is no better, held out, than one vector for all: caa would do as well."
         )
     return found
 
@@ -150,7 +151,7 @@ def _experts(evidence: dict[str, Any]) -> str:
     if not evidence["examples"]:
         parts.append("<p>Training texts are left out of this report, by choice.</p>")
     for k, expert in enumerate(found["experts"]):
-        labels = ", ".join(f"{escape(label)} {count}" for label, count in expert["labels"].items())
+        labels = ", ".join(f"{escape(label)} {count}" for label, count in expert["labels"])
         quoted = "".join(f"<li>{escape(text)}</li>" for text in expert["nearest"])
         parts.append(
             f'<div class="expert"><b>Expert {k}</b>, {expert["size"]} queries{": " + labels if labels else ""}'

@@ -146,6 +146,9 @@ def test_a_calibrated_profile_loads_and_remembers_and_only_its_threshold_is_new(
     assert set(new.manifest.metrics) == {"experts", "gate"} and new.manifest.metrics["gate"]["general_fired"]["n"] == 60
     assert {"misses of a", "misses of b", "fires on general"} == set(record["rates"])
     assert str(lab) not in (tmp_path / "new" / "profile.json").read_text()
+    page = (tmp_path / "new" / "report.html").read_text()
+    assert f"The threshold is {new.manifest.gate.threshold:.3f}." in page and new.version in page
+    assert new.version in (tmp_path / "new" / "README.md").read_text()
     shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "new")])
     assert shown.exit_code == 0 and "60 calibration" in shown.output
 

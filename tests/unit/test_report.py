@@ -81,6 +81,28 @@ def test_its_numbers_are_the_manifests(folder):
     assert all(f"Expert {k}, {n} queries" in text for k, n in enumerate(manifest.metrics["experts"]["cluster_sizes"]))
 
 
+def test_an_experts_labels_count_sides_and_kinds(folder):
+    experts = json.loads((folder / "evidence.json").read_text())["experts"]["experts"]
+    for expert in experts:
+        labels = dict(expert["labels"])
+        assert labels.pop("a & b") == expert["size"] == sum(labels.values()) and set(labels) <= {
+            "harmful",
+            "borderline",
+        }
+    text = (folder / "report.html").read_text()
+    assert all(
+        f"{label} {count}" in text for expert in experts for label, count in expert["labels"] if "&" not in label
+    )
+
+
+def test_figures_of_an_earlier_training_do_not_stay(folder, lab, tmp_path):
+    shutil.copytree(folder, tmp_path / "p")
+    assert train(lab, tmp_path / "p", "--method", "caa").exit_code == 0
+    assert {p.name for p in (tmp_path / "p").glob("report_*.png")} == {
+        f"report_{name}.png" for name in ("energy_ratio", "roc", "rank_and_centre")
+    }
+
+
 def test_inspect_makes_the_same_report_again_from_the_folder_alone(folder, tmp_path):
     again = tmp_path / "again"
     shutil.copytree(folder, again, ignore=shutil.ignore_patterns("report*"))
@@ -93,9 +115,15 @@ def test_inspect_makes_the_same_report_again_from_the_folder_alone(folder, tmp_p
 
 def test_without_evidence_the_page_says_what_is_left_out_and_damaged_evidence_is_refused(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "p", ignore=shutil.ignore_patterns("report*"))
-    (tmp_path / "p" / "evidence.json").write_text("{")
-    result = CliRunner().invoke(app, ["inspect", str(tmp_path / "p"), "--html"])
-    assert result.exit_code == 2 and "evidence.json: not valid JSON" in " ".join(result.output.split())
+    for damaged, message in (
+        ("{", "not valid JSON"),
+        ("[]", "not what the trainer writes"),
+        ('{"examples": true, "gate": 1}', "not what the trainer writes"),
+        ('{"examples": true, "gate": {"ir": [], "general": [0.1]}}', "not what the trainer writes"),
+    ):
+        (tmp_path / "p" / "evidence.json").write_text(damaged)
+        result = CliRunner().invoke(app, ["inspect", str(tmp_path / "p"), "--html"])
+        assert result.exit_code == 2 and f"evidence.json: {message}" in " ".join(result.output.split())
     (tmp_path / "p" / "evidence.json").unlink()
     assert CliRunner().invoke(app, ["inspect", str(tmp_path / "p"), "--html"]).exit_code == 0
     text = (tmp_path / "p" / "report.html").read_text()
@@ -136,7 +164,7 @@ def test_warnings_name_what_is_weak():
         "experts": {"validation_error": 0.9, "validation_error_mean_vector": 0.8},
     }
     found = " ".join(warnings(replace(manifest, metrics=weak), {"examples": True}))
-    assert "AUC 0.70" in found and "few has 5 rows" in found and "no better than one mean vector" in found
+    assert "AUC 0.70" in found and "few has 5 rows" in found and "no better, held out, than one vector" in found
     sound = {
         "gate": {"auc": 0.9, "missed_by_source": {"many": {"share": 0, "n": 500, "low": 0, "high": 0.01}}},
         "experts": {"validation_error": 0.1, "validation_error_mean_vector": 0.8},
