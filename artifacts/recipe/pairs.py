@@ -2,7 +2,8 @@
 
 All from prompts of the training side: `pairs.jsonl` (query, preferred, undesired, kind, side), `ir.jsonl` (queries that
 need the intervention), `general.jsonl` (plainly harmless ones), `calibration.jsonl` (IR queries that did not train the
-model: the corpus's dev rows).
+model: the corpus's dev rows). And in `refusal/` what methods eat that know but one direction, towards refusal: the harmful pairs,
+harmful queries as IR ones, and the borderline ones among the general.
 """
 
 from __future__ import annotations
@@ -94,9 +95,19 @@ def main() -> None:
     harmful, borderline, general, calibration = choose_prompts(options.data, rng)
     options.out.mkdir(parents=True, exist_ok=True)
     paired = harmful + rng.sample(borderline, options.borderline_pairs)
-    write([row for p in paired for row in pair_rows(p, rng)], options.out / "pairs.jsonl")
-    for name, prompts in (("ir", harmful + borderline), ("general", general), ("calibration", calibration)):
-        write([{"query": p.query, "source": p.side} for p in prompts], options.out / f"{name}.jsonl")
+    pairs = [row for p in paired for row in pair_rows(p, rng)]
+    refusal = options.out / "refusal"
+    refusal.mkdir(exist_ok=True)
+    write(pairs, options.out / "pairs.jsonl")
+    write([row for row in pairs if row["side"] == "harmful"], refusal / "pairs.jsonl")
+    for path, prompts in (
+        (options.out / "ir.jsonl", harmful + borderline),
+        (options.out / "general.jsonl", general),
+        (options.out / "calibration.jsonl", calibration),
+        (refusal / "ir.jsonl", harmful),
+        (refusal / "general.jsonl", general + borderline),
+    ):
+        write([{"query": p.query, "source": p.side} for p in prompts], path)
 
 
 if __name__ == "__main__":
