@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -139,10 +138,8 @@ class EndpointJudge:
         }
         problem = ""
         for attempt in range(ATTEMPTS):
-            if stopped.is_set():
+            if stopped.wait(self._wait_s * 2 ** (attempt - 1) if attempt else 0):
                 return
-            if attempt:
-                time.sleep(self._wait_s * 2 ** (attempt - 1))
             try:
                 response = client.post(self._url, json=body)
             except httpx.InvalidURL as error:
