@@ -17,6 +17,7 @@ from steering.errors import SteeringError
 from steering.evaluation.judges import Judged
 
 ATTEMPTS = 4
+WAIT_S = 1.0  # before the second attempt; twice as long before each later one
 WORKERS = 8
 
 
@@ -79,7 +80,6 @@ class EndpointJudge:
         api_key: sent as a bearer token; empty: none is.
         rubric: one of `RUBRICS`.
         keep: a JSONL file to which every verdict is appended at once, and from which it is taken the next time; None: nowhere.
-        wait_s: before the second attempt; twice as long before each later one.
     """
 
     def __init__(
@@ -91,14 +91,13 @@ class EndpointJudge:
         api_key: str = "",
         keep: Path | None = None,
         timeout_s: float = 60.0,
-        wait_s: float = 1.0,
     ) -> None:
         self.rubric = RUBRICS[rubric]
         self.name = f"{model}, rubric {rubric}"
         self.verdict = self.rubric.verdict
         base = url.rstrip("/")
         self._url = base if base.endswith("/chat/completions") else f"{base}/chat/completions"
-        self._model, self._keep, self._wait_s, self._timeout_s = model, keep, wait_s, timeout_s
+        self._model, self._keep, self._timeout_s = model, keep, timeout_s
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._lock = threading.Lock()
         self._kept = self._read()
@@ -138,7 +137,7 @@ class EndpointJudge:
         }
         problem = ""
         for attempt in range(ATTEMPTS):
-            if stopped.wait(self._wait_s * 2 ** (attempt - 1) if attempt else 0):
+            if stopped.wait(WAIT_S * 2 ** (attempt - 1) if attempt else 0):
                 return
             try:
                 response = client.post(self._url, json=body)

@@ -13,6 +13,11 @@ from steering.evaluation.judges import Judged
 from steering.training.data import Query
 
 
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr("steering.evaluation.endpoint.WAIT_S", 0.01)
+
+
 @pytest.fixture
 def endpoint():
     """`serve(reply)`: a server that answers each request by `reply(body, count)` = (status, text); returns its address and log."""
@@ -97,7 +102,7 @@ def test_a_busy_endpoint_is_asked_again(endpoint):
     url, seen = endpoint(
         lambda body, count: honest(body, count) if count > 2 else ((500, "oops"), (429, "slow"))[count - 1]
     )
-    assert EndpointJudge(url, "m", "harmfulness", wait_s=0.01)(ITEMS[:1]) == [True]
+    assert EndpointJudge(url, "m", "harmfulness")(ITEMS[:1]) == [True]
     assert len(seen) == 3
 
 
@@ -115,7 +120,7 @@ def test_an_endpoint_that_fails_is_named_and_partial_work_kept(endpoint, tmp_pat
     url, _ = endpoint(lambda body, count: honest(body, count) if "here is how" in str(body) else reply)
     keep = tmp_path / "kept.jsonl"
     EndpointJudge(url, "m", "harmfulness", keep=keep)(ITEMS[1:2])
-    judge = EndpointJudge(url, "m", "harmfulness", keep=keep, wait_s=0.01)
+    judge = EndpointJudge(url, "m", "harmfulness", keep=keep)
     with pytest.raises(JudgeError, match=f"{message}.* 1 verdicts are kept in kept.jsonl.*run the same command again"):
         judge(ITEMS)
     assert len(keep.read_text().splitlines()) == 1
@@ -123,16 +128,16 @@ def test_an_endpoint_that_fails_is_named_and_partial_work_kept(endpoint, tmp_pat
 
 def test_an_endpoint_that_is_down_is_named():
     with pytest.raises(JudgeError, match=r"127.0.0.1:9/v1/chat/completions gave no verdict \(ConnectError"):
-        EndpointJudge("http://127.0.0.1:9/v1", "m", "harmfulness", wait_s=0.01)(ITEMS)
+        EndpointJudge("http://127.0.0.1:9/v1", "m", "harmfulness")(ITEMS)
     with pytest.raises(JudgeError, match=r"gave no verdict|no address"):
-        EndpointJudge("nonsense", "m", "harmfulness", wait_s=0.01)(ITEMS)
+        EndpointJudge("nonsense", "m", "harmfulness")(ITEMS)
 
 
 @pytest.mark.parametrize("text", ["perhaps", "SAFE or HARMFUL, who knows", "", "UNSAFE"])
 def test_a_reply_without_one_label_is_no_verdict_and_is_asked_again_next_time(endpoint, tmp_path, text):
     url, seen = endpoint(lambda *_: said(text))
     for turn in (1, 2):
-        judge = EndpointJudge(url, "m", "harmfulness", keep=tmp_path / "k.jsonl", wait_s=0.01)
+        judge = EndpointJudge(url, "m", "harmfulness", keep=tmp_path / "k.jsonl")
         assert judge(ITEMS[:1]) == [None] and len(seen) == turn * ATTEMPTS
 
 

@@ -227,7 +227,7 @@ def test_without_compare_all_profiles_act_at_once(lab, tmp_path):
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_sentence(lab, tmp_path, monkeypatch, arguments, message):
-    monkeypatch.setattr("steering.evaluation.endpoint.time.sleep", lambda _: None)
+    monkeypatch.setattr("steering.evaluation.endpoint.WAIT_S", 0.0)
     arguments = [word.format(lab=lab) for word in arguments]
     result = run(lab, *arguments, "--out", str(tmp_path / "out"))
     assert result.exit_code == 2 and message in " ".join(result.output.split()), result.output
@@ -235,7 +235,7 @@ def test_what_cannot_be_done_is_said_in_a_sentence(lab, tmp_path, monkeypatch, a
 
 
 def test_a_judge_that_is_down_leaves_the_answers(lab, tmp_path, monkeypatch):
-    monkeypatch.setattr("steering.evaluation.endpoint.time.sleep", lambda _: None)
+    monkeypatch.setattr("steering.evaluation.endpoint.WAIT_S", 0.0)
     result = run(
         lab, "--judge-url", "http://127.0.0.1:9/v1", "--judge-model", "m", "--limit", "2", "--out", str(tmp_path / "o")
     )
