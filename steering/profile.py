@@ -7,6 +7,8 @@ Loading is strict: whatever is unknown, missing, damaged or not finite is refuse
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -161,15 +163,22 @@ def profile_folder(reference: str | Path) -> Path:
     if str(reference).count("/") != 1 or str(reference).startswith((".", "/", "~")):
         raise ProfileError(f"{reference}: no such profile folder. Give the folder that `finesteer train --out` wrote.")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    with hub_errors(f"{reference}: neither a folder here nor a repository that the hub would give us"):
+        return Path(snapshot_download(str(reference), allow_patterns=[MANIFEST_FILE, TENSOR_FILE, EVIDENCE_FILE]))
+
+
+@contextmanager
+def hub_errors(problem: str) -> Iterator[None]:
+    """Raise ProfileError, which begins with `problem`, for whatever the hub's client raises."""
+    from huggingface_hub.errors import HTTPError  # of whichever HTTP client it uses
 
     try:
-        return Path(snapshot_download(str(reference), allow_patterns=[MANIFEST_FILE, TENSOR_FILE, EVIDENCE_FILE]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise ProfileError(
-            f"{reference}: neither a folder here nor a repository that the hub would give us "
-            f"({type(error).__name__}). Check the spelling, the network and HF_TOKEN."
-        ) from error
+        yield
+    except (HTTPError, OSError, ValueError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        detail = type(error).__name__ + (f", HTTP {status}" if status else "")
+        raise ProfileError(f"{problem} ({detail}). Check the spelling, the network and HF_TOKEN.") from error
 
 
 def _read_tensors(path: Path, manifest: ProfileManifest) -> dict[str, Tensor]:

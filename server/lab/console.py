@@ -81,3 +81,14 @@ def command_line() -> str:
 def stop(console, message: str) -> None:
     console.print(f"[red]error:[/red] {message}", soft_wrap=True)
     raise typer.Exit(2)
+
+
+def parse_layers(text: str) -> int | tuple[int, ...] | None:
+    """A layer as 5, several as 8-20 or 3,5,8; None if it is none of the forms."""
+    if text.isdecimal():
+        return int(text)
+    first, dash, last = text.partition("-")
+    if dash and first.isdecimal() and last.isdecimal() and int(first) <= int(last):
+        return tuple(range(int(first), int(last) + 1))
+    parts = text.split(",")
+    return tuple(map(int, parts)) if all(part.strip().isdecimal() for part in parts) else None

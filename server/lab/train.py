@@ -7,11 +7,11 @@ import time
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from server.lab.console import command_line, show, stop
+from server.lab.console import command_line, parse_layers, show, stop
 from steering.errors import SteeringError
 
 
@@ -85,7 +85,7 @@ def train(
     tried = [_number(word) for word in strengths.split(",")]
     if chosen is None or None in tried or min(tried) <= 0:
         stop(console, "--strength must be a number or auto, --strengths numbers above 0 such as 0.5,1,2.")
-    layers = _layers(layer)
+    layers = "auto" if layer == "auto" else parse_layers(layer)
     if layers is None:
         stop(console, f"--layer {layer!r} must be a number, auto, a range as 8-20, or a list as 3,5,8.")
 
@@ -214,16 +214,3 @@ def _number(text: str) -> float | None:
     except ValueError:
         return None
     return value if math.isfinite(value) else None
-
-
-def _layers(text: str) -> int | tuple[int, ...] | Literal["auto"] | None:
-    """--layer's value; None if it is none of the forms."""
-    if text == "auto":
-        return "auto"
-    if text.isdecimal():
-        return int(text)
-    first, dash, last = text.partition("-")
-    if dash and first.isdecimal() and last.isdecimal() and int(first) <= int(last):
-        return tuple(range(int(first), int(last) + 1))
-    parts = text.split(",")
-    return tuple(map(int, parts)) if all(part.strip().isdecimal() for part in parts) else None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.benchmarks.checkpoints import checkpoint, profile
+from tests.benchmarks.gguf_file import gguf_file
 from tests.benchmarks.protocol import Steering
 
 REPOSITORY = Path(__file__).parents[2]
@@ -101,9 +102,5 @@ class Launcher:
             raise NotInstalledError("no node" if node is None else "no --llama-cpp given")
         if not (self.llama_cpp / "node_modules/node-llama-cpp").is_dir():
             raise NotInstalledError(f"{self.llama_cpp} has no node_modules/node-llama-cpp")
-        try:
-            from tests.benchmarks.gguf_file import gguf_file  # needs a package that only this peer needs
-        except ModuleNotFoundError as error:
-            raise NotInstalledError(f"no Python package {error.name}") from error
         script = Path(__file__).parent / "peers" / "llama_cpp.mjs"
         return [node, str(script), str(self.llama_cpp.resolve()), str(gguf_file(folder)), str(len(self.cores))]
