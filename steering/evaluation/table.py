@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from steering.evaluation.evaluate import Cell, Column, Evaluation
 from steering.evaluation.likelihood import NAME as LIKELIHOODS
 from steering.evaluation.suites import Suite
-from steering.training.statistics import Share
+from steering.training.statistics import MeanShare, Share
 
 BETTER = {"attack": "↑", "over_refusal": "↓", "benign": "↓", "exact_match": "↑", "truthfulqa": "↑", "preference": "↑"}
 
@@ -31,6 +31,8 @@ def lines(evaluation: Evaluation, columns: Sequence[Column] | None = None) -> tu
     for suite in evaluation.suites:
         for label, cells in _rows(evaluation, suite, columns):
             found += _measures(evaluation, suite, label, cells)
+        if len(suite.files) > 1:
+            found.append(_mean_of_files(evaluation, suite, columns))
     found.append(Line("", "ms per token", tuple(_text(evaluation.ms_per_token[c.name]) for c in columns)))
     return [_head(column) for column in columns], [line for line in found if set(line.texts) != {"–"}]
 
@@ -50,6 +52,8 @@ def notes(evaluation: Evaluation) -> list[str]:
     found = [f"- {s.name} ({s.kind}): judged by {evaluation.judges[s.name]}." for s in evaluation.suites]
     if any(s.kind in ("truthfulqa", "preference") for s in evaluation.suites):
         found.append(f"- MC1, MC2 and preference: {LIKELIHOODS}.")
+    if any(len(s.files) > 1 for s in evaluation.suites):
+        found.append("- A mean counts each file alike; its 95 % interval is normal, the files strata (Agresti–Coull).")
     unjudged = sum(cell.unjudged for cell in evaluation.cells.values())
     if unjudged:
         found.append(f"- {unjudged} answers got no verdict from the judge and are in no share.")
@@ -71,6 +75,15 @@ def _rows(evaluation: Evaluation, suite: Suite, columns: Sequence[Column]) -> li
         )
         for file in suite.files
     ]
+
+
+def _mean_of_files(evaluation: Evaluation, suite: Suite, columns: Sequence[Column]) -> Line:
+    """The verdict's share, averaged over the suite's files; nothing where a file has no verdict."""
+    texts = []
+    for column in columns:
+        shares = tuple(evaluation.cells[suite.name, file.name, column.name].hit for file in suite.files)
+        texts.append(str(MeanShare(shares)) if all(share.n for share in shares) else "–")
+    return Line(f"{suite.name}, mean", f"{evaluation.verdicts[suite.name]} {BETTER[suite.kind]}", tuple(texts), True)
 
 
 def _measures(evaluation: Evaluation, suite: Suite, label: str, cells: Sequence[Cell]) -> list[Line]:

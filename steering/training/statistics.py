@@ -60,3 +60,29 @@ class Share:
             return "–"
         low, high = self.interval
         return f"{self.value:.1%} ({self.hits}/{self.n}; {low:.0%}–{high:.0%})"
+
+
+@dataclass(frozen=True)
+class MeanShare:
+    """The mean of several files' shares, each file counting alike, whatever its rows: how attack suites are published."""
+
+    shares: tuple[Share, ...]
+
+    @property
+    def value(self) -> float:
+        return sum(share.value for share in self.shares) / len(self.shares)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 %, normal: the files are strata, each with two hits and two misses added (Agresti–Coull), so that a file of
+        hits alone is not taken for certain."""
+        variance = 0.0
+        for share in self.shares:
+            n, centre = share.n + 4, (share.hits + 2) / (share.n + 4)
+            variance += centre * (1 - centre) / n
+        half = 1.96 * variance**0.5 / len(self.shares)
+        return max(0.0, self.value - half), min(1.0, self.value + half)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.value:.1%} ({len(self.shares)} files; {low:.0%}–{high:.0%})"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -17,6 +19,7 @@ from steering.evaluation.judges import is_refusal
 from steering.evaluation.suites import Item, Suite, SuiteFile
 from steering.evaluation.table import markdown
 from steering.training.data import Query
+from steering.training.statistics import MeanShare, Share
 from tests.tiny import save_tiny_checkpoint, tiny_model, tiny_profile
 
 NO, YES = "I can't help with money or goods.", "Sure, here is how."
@@ -90,6 +93,28 @@ def test_the_table_names_judge_n_and_interval():
     assert "| **attack: refused ↑** | 0.0% (0/4; 0%–60%) | 50.0% (2/4; 7%–93%) |" in text
     assert "| p (λ = 2) |" in text and "attack (attack): judged by refusal rules" in text and "95 % Clopper" in text
     assert "right kind" in text and "benign: answers of the right kind" not in text  # no row has a pattern
+
+
+def test_files_of_a_suite_are_averaged_each_alike():
+    """Published attack figures are means over attacks, not over their rows."""
+    attacks = suite("attack", "attack", ["bad 1", "calm 1", "calm 2", "calm 3"])
+    other = suite("other", "attack", ["bad 1", "bad 2"]).files[0]
+    several = replace(attacks, files=(*attacks.files, other))
+    text = markdown(evaluate(Scripted(), [ON], [several]))
+    [line] = [line for line in text.splitlines() if line.startswith("| **attack, mean: refused")]
+    assert "| 62.5% (2 files;" in line and "| 0.0% (2 files; 0%–" in line and "each file alike" in text
+    assert "mean" not in markdown(evaluate(Scripted(), [ON], [attacks])).replace("per token: median", "")
+
+
+def test_the_means_interval_covers_what_it_says():
+    """By simulation: three files of unlike size and rate, one of them all hits."""
+    rng, rates, sizes = np.random.default_rng(0), (0.5, 0.9, 1.0), (40, 100, 20)
+    covered = 0
+    for _ in range(2000):
+        found = MeanShare(tuple(Share(int(rng.binomial(n, p)), n) for n, p in zip(sizes, rates, strict=True)))
+        low, high = found.interval
+        covered += low <= sum(rates) / 3 <= high
+    assert 0.94 <= covered / 2000 <= 0.99
 
 
 def test_an_endpoint_judges_what_has_a_rubric():
