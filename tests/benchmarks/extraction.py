@@ -9,32 +9,16 @@ import argparse
 import random
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from steering.architecture import decoder_layers
 from steering.training.data import Query
-from steering.training.extraction import batches_by_length, encode_query, query_states
+from steering.training.extraction import answer_states, batches_by_length, encode_query, query_states
 
-WORDS = [
-    "how",
-    "do",
-    "I",
-    "bake",
-    "the",
-    "bread",
-    "that",
-    "my",
-    "old",
-    "aunt",
-    "made",
-    "for",
-    "her",
-    "friends",
-    "in",
-    "summer",
-]
+WORDS = "how do I bake the bread that my old aunt made for her friends in summer".split()
 
 
 def main() -> None:
@@ -50,35 +34,48 @@ def main() -> None:
     queries = [
         Query((("user", " ".join(rng.choices(WORDS, k=rng.randint(5, 40)))),), str(i)) for i in range(arguments.queries)
     ]
+    answers = [" ".join(rng.choices(WORDS, k=rng.randint(20, 60))) for _ in queries]
     layers = range(len(decoder_layers(model)))
-    rows = [encode_query(tokenizer, query) for query in queries]
+    prompts = [encode_query(tokenizer, query) for query in queries]
+    whole = [p + tokenizer(a, add_special_tokens=False)["input_ids"] for p, a in zip(prompts, answers, strict=True)]
+    options = {"batch_tokens": arguments.batch_tokens}
+    for name, rows, ours in (  # tokenising included
+        ("queries", prompts, lambda: query_states(model, tokenizer, queries, layers, **options)),
+        ("answers", whole, lambda: answer_states(model, tokenizer, queries, answers, layers, **options)),
+    ):
+        bare = forward(model, rows, arguments.batch_tokens)
+        bare(), ours()
+        ratios = [timed(bare) / timed(ours) for _ in range(arguments.repeats)]
+        print(
+            f"{name}, throughput of all {len(layers)} layers' states over a bare forward (without the head): "
+            f"median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}, {len(ratios)} pairs of "
+            f"{len(rows)} rows, {sum(map(len, rows)):,} tokens",
+            flush=True,
+        )
+
+
+def forward(model: PreTrainedModel, rows: list[list[int]], batch_tokens: int) -> Callable[[], None]:
+    """The model alone over the rows, in the batches that extraction makes of them."""
     batches = []
-    for batch in batches_by_length(list(map(len, rows)), arguments.batch_tokens):
+    for batch in batches_by_length(list(map(len, rows)), batch_tokens):
         ids = torch.zeros(len(batch), len(rows[batch[0]]), dtype=torch.long)
         mask = torch.zeros_like(ids)
         for b, i in enumerate(batch):
             ids[b, : len(rows[i])], mask[b, : len(rows[i])] = torch.tensor(rows[i]), 1
         batches.append((ids, mask))
 
-    def bare() -> None:
+    def run() -> None:
         with torch.inference_mode():
             for ids, mask in batches:
                 model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
 
-    def ours() -> None:  # tokenising included
-        query_states(model, tokenizer, queries, layers, batch_tokens=arguments.batch_tokens)
+    return run
 
-    def timed(work) -> float:
-        started = time.perf_counter()
-        work()
-        return time.perf_counter() - started
 
-    bare(), ours()
-    ratios = [timed(bare) / timed(ours) for _ in range(arguments.repeats)]
-    print(
-        f"throughput of all {len(layers)} layers' states over a bare forward (without the head): "
-        f"median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}, {len(ratios)} pairs"
-    )
+def timed(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
 
 
 if __name__ == "__main__":
