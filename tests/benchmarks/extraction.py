@@ -18,7 +18,7 @@ from steering.architecture import decoder_layers
 from steering.training.data import Query
 from steering.training.extraction import answer_states, batches_by_length, encode_query, query_states
 
-WORDS = "how do I bake the bread that my old aunt made for her friends in summer".split()
+WORDS = "how do I bake the bread that my old aunt made for her friends in summer"
 
 
 def main() -> None:
@@ -32,9 +32,10 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(arguments.model, attn_implementation="sdpa").eval()
     rng = random.Random(0)
     queries = [
-        Query((("user", " ".join(rng.choices(WORDS, k=rng.randint(5, 40)))),), str(i)) for i in range(arguments.queries)
+        Query((("user", " ".join(rng.choices(WORDS.split(), k=rng.randint(5, 40)))),), str(i))
+        for i in range(arguments.queries)
     ]
-    answers = [" ".join(rng.choices(WORDS, k=rng.randint(20, 60))) for _ in queries]
+    answers = [" ".join(rng.choices(WORDS.split(), k=rng.randint(20, 60))) for _ in queries]
     layers = range(len(decoder_layers(model)))
     prompts = [encode_query(tokenizer, query) for query in queries]
     whole = [p + tokenizer(a, add_special_tokens=False)["input_ids"] for p, a in zip(prompts, answers, strict=True)]
