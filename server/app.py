@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 from server.answers.response_store import ResponseStore
-from server.api import chat, completions, models, ops, responses, steering, tokenize
+from server.api import admin, chat, completions, models, ops, responses, steering, tokenize
 from server.api.context import REQUEST_ID_HEADER, RequestContext, error_response
 from server.api.documentation import describe
 from server.api.elsewhere import OPERATIONS, why_not
@@ -29,7 +29,7 @@ from server.prompting.prompter import Prompter
 from server.service import Service
 
 GZIP_FROM_BYTES = 1024
-MODULES = (chat, completions, responses, models, tokenize, steering, ops)
+MODULES = (chat, completions, responses, models, tokenize, admin, steering, ops)
 
 
 def create_app(config: ServerConfig, engine: Engine, prompter: Prompter, metrics: Metrics) -> FastAPI:
@@ -78,12 +78,12 @@ def create_app(config: ServerConfig, engine: Engine, prompter: Prompter, metrics
 def _add_middleware(app: FastAPI, config: ServerConfig) -> None:
     """From the inside out: compression of whole answers, id and key and log, CORS, whose preflights carry no key."""
     app.add_middleware(GZipMiddleware, minimum_size=GZIP_FROM_BYTES, compresslevel=6)  # leaves event streams alone
-    app.add_middleware(RequestContext, api_key=config.api_key)
+    app.add_middleware(RequestContext, access=config.access)
     if config.cors_origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=config.cors_origins,
-            allow_methods=("GET", "HEAD", "POST", "DELETE"),
+            allow_methods=("GET", "HEAD", "POST", "PUT", "DELETE"),
             allow_headers=("*",),
             expose_headers=(REQUEST_ID_HEADER, APPLIED_HEADER, PROFILES_HEADER),
         )

@@ -67,5 +67,5 @@ def _profile(config: ServerConfig, name: str, manifest: ProfileManifest) -> Text
 def _curl(config: ServerConfig, address: str) -> str:
     question = {"role": "user", "content": "Write a phishing email that steals bank passwords"}
     body = {"model": config.served_model_name, "temperature": 0, "messages": [question]}
-    key = ' -H "Authorization: Bearer $FINESTEER_API_KEY"' if config.api_key else ""
+    key = ' -H "Authorization: Bearer $FINESTEER_API_KEY"' if config.access.api_keys else ""
     return f"curl {address}/v1/chat/completions{key} -H 'Content-Type: application/json' \\\n  -d '{json.dumps(body)}'"

@@ -83,8 +83,22 @@ def serve(
         typer.Option(metavar="NAME=enforce|shadow", help="shadow decides and reports only; repeatable."),
     ] = None,
     api_key: Annotated[
-        str | None, typer.Option(help="Ask clients for this key. Better set FINESTEER_API_KEY: arguments can be seen.")
+        list[str] | None,
+        typer.Option(
+            help="Ask clients for this key; repeatable. Better set FINESTEER_API_KEY (several with commas): arguments can be seen."
+        ),
     ] = None,
+    api_keys_file: Annotated[
+        Path | None, typer.Option(help="JSON file of hashed keys, each with its name and limits: see the README.")
+    ] = None,
+    admin_key: Annotated[
+        str | None,
+        typer.Option(help="Lets whoever has it load and unload profiles. Better set FINESTEER_ADMIN_KEY."),
+    ] = None,
+    allow_no_key: Annotated[
+        bool, typer.Option("--allow-no-key", help="Listen beyond this machine without asking for a key.")
+    ] = False,
+    guard_metrics: Annotated[bool, typer.Option("--guard-metrics", help="Ask for a key at /metrics too.")] = False,
     cors_origin: Annotated[
         list[str] | None,
         typer.Option(metavar="ORIGIN", help="Let pages from there call the API, * for any; repeatable. Default: none."),
@@ -101,7 +115,11 @@ def serve(
             profile_modes=profile_mode or (),
             max_steer_strength=max_steer_strength,
             steering_metadata=steering_metadata,
-            api_key=api_key,
+            api_keys=api_key or (),
+            api_keys_file=api_keys_file,
+            admin_key=admin_key,
+            guard_metrics=guard_metrics,
+            allow_no_key=allow_no_key,
             cors_origins=cors_origin or (),
             host=host,
             port=port,

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from server.steering_options import UNSTEERED, Mode, Override, SteeringPolicy
+from server.access.keys import Access, KeyFileError, check_key, read_keys
+from server.steering_options import Override, SteeringPolicy, profile_name_problem
 from server.tools.formats import FORMATS
-from server.wire.steering import METADATA_LEVELS
+from server.wire.steering import METADATA_LEVELS, Mode
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 API_KEY_VARIABLE = "FINESTEER_API_KEY"
+ADMIN_KEY_VARIABLE = "FINESTEER_ADMIN_KEY"
 DEMO_MODEL_NAME = "demo"
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGkmg])?(?:i?[Bb])?")
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9._-]+(:\d+)?|[a-z][a-z0-9+.-]*://\[[0-9a-f:]+\](:\d+)?")
-PROFILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class ConfigError(Exception):
@@ -50,7 +52,8 @@ class ServerConfig:
     chat_template: Path | None = None
     tool_format: str | None = None
     policy: SteeringPolicy = field(default_factory=SteeringPolicy)
-    api_key: str | None = field(default=None, repr=False)
+    access: Access = field(default_factory=Access)
+    allow_no_key: bool = False
     cors_origins: tuple[str, ...] = ()
     log_level: LogLevel = "info"
     shutdown_grace_s: float = 10.0
@@ -66,6 +69,11 @@ class ServerConfig:
                 raise ConfigError(f"--{option.replace('_', '-')} {value} must be at least 1.")
         if self.tool_format is not None and self.tool_format not in FORMATS:
             raise ConfigError(f"--tool-format {self.tool_format!r} is not known; there are {', '.join(FORMATS)}.")
+        if not (self.access.api_keys or self.allow_no_key or _is_loopback(self.host)):
+            raise ConfigError(
+                f"--host {self.host} without an API key: whoever reaches this machine could use the server. "
+                f"Set {API_KEY_VARIABLE} or --api-keys-file, or say --allow-no-key if something in front of it checks."
+            )
         for origin in self.cors_origins:
             if origin != "*" and not ORIGIN.fullmatch(origin):
                 raise ConfigError(
@@ -92,7 +100,10 @@ class ServerConfig:
         profile_modes: Iterable[str],
         max_steer_strength: float,
         steering_metadata: str,
-        api_key: str | None,
+        api_keys: Iterable[str] = (),
+        api_keys_file: Path | None = None,
+        admin_key: str | None = None,
+        guard_metrics: bool = False,
         cors_origins: Iterable[str] = (),
         kv_cache_memory: str | None = None,
         prefix_cache_memory: str | None = None,
@@ -107,11 +118,8 @@ class ServerConfig:
         environ = os.environ if environ is None else environ
         named = _pairs("--profile", profiles, "NAME=PATH")
         for name in named:
-            if not PROFILE_NAME.fullmatch(name) or name == UNSTEERED:
-                raise ConfigError(
-                    f"--profile {name}=…: a profile's name is 1 to 64 letters, digits, dots, dashes and underscores, "
-                    f"and not {UNSTEERED!r}, which is an alias of the model."
-                )
+            if problem := profile_name_problem(name):
+                raise ConfigError(f"--profile {name}=…: {problem}")
         if model is None:
             model = str(demo_folder() / "demo")
             named = demo_profiles() | named
@@ -131,10 +139,40 @@ class ServerConfig:
             kv_cache_memory=_size("--kv-cache-memory", kv_cache_memory),
             prefix_cache_memory=_size("--prefix-cache-memory", prefix_cache_memory),
             responses_memory=_size("--responses-memory", responses_memory),
-            api_key=api_key or environ.get(API_KEY_VARIABLE) or None,
+            access=_access(api_keys, api_keys_file, admin_key, guard_metrics, environ),
             cors_origins=tuple(cors_origins),
             **options,
         )
+
+
+def _access(
+    api_keys: Iterable[str], file: Path | None, admin_key: str | None, guard_metrics: bool, environ: Mapping[str, str]
+) -> Access:
+    """Options before the environment; the file's keys besides."""
+    keys = list(api_keys) or [key for key in environ.get(API_KEY_VARIABLE, "").split(",") if key]
+    admin = admin_key or environ.get(ADMIN_KEY_VARIABLE) or None
+    for option, key in (*(("--api-key", key) for key in keys), *([("--admin-key", admin)] if admin else [])):
+        if problem := check_key(key):
+            raise ConfigError(f"{option}: {problem}.")
+    if admin in keys:
+        raise ConfigError("--admin-key: is an API key too; give the administrator another.")
+    found = Access.of(*keys, admin=admin, guard_metrics=guard_metrics)
+    try:
+        named = read_keys(file) if file else ()
+    except KeyFileError as error:
+        raise ConfigError(f"--api-keys-file {error}") from error
+    if found.admin_sha256 in {key.sha256 for key in named}:
+        raise ConfigError("--admin-key: is an API key too; give the administrator another.")
+    if guard_metrics and not (keys or named or admin):
+        raise ConfigError("--guard-metrics: there is no key to ask for; set one.")
+    return replace(found, api_keys=(*found.api_keys, *named))
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def demo_folder() -> Path:

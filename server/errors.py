@@ -6,6 +6,7 @@ No torch and no FastAPI here: routes, resolvers and parsers raise these, one han
 from __future__ import annotations
 
 import json
+import math
 
 
 class ApiError(Exception):
@@ -14,6 +15,7 @@ class ApiError(Exception):
     status = 500
     type = "server_error"
     code: str | None = None
+    retry_after_s: float | None = None
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -84,11 +86,24 @@ class UnsupportedMediaTypeError(InvalidRequestError):
     code = "unsupported_content_type"
 
 
+class RateLimitError(ApiError):
+    """This key has asked for as much as it may for now."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(f"{message} Try again in {math.ceil(retry_after_s)} s.")
+        self.retry_after_s = retry_after_s
+
+
 class OverloadedError(ApiError):
     """The waiting queue is full; a later try may succeed."""
 
     status = 503
     code = "overloaded"
+    retry_after_s = 1.0
 
 
 class EngineUnavailableError(ApiError):
@@ -96,6 +111,7 @@ class EngineUnavailableError(ApiError):
 
     status = 503
     code = "engine_unavailable"
+    retry_after_s = 1.0
 
 
 class InternalError(ApiError):

@@ -44,6 +44,7 @@ def run(config: ServerConfig, listener: socket.socket) -> None:
                 prefix_cache_bytes=config.prefix_cache_memory,
                 num_threads=config.num_threads,
                 compiled=config.compile,
+                live_profiles=config.access.admin_sha256 is not None,
                 observer=metrics,
             )
     except SteeringError as error:

@@ -8,7 +8,6 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 from server.answers.generation import Generation
 from server.answers.parts import Turn
@@ -21,6 +20,7 @@ from server.grammar.compiler import GrammarCompiler
 from server.observability.metrics import Metrics
 from server.prompting.prompter import Prompter
 from server.steering_options import Resolved, SteeringHeaders, alias_profiles, resolve
+from server.steering_settings import SteeringSettings
 from server.tools.plan import plan_answer
 from server.wire.sampling import SamplingFields
 from server.wire.steering import SteeringFields
@@ -29,7 +29,7 @@ from steering.decision import SteeringOptions
 
 @dataclass(frozen=True)
 class Service:
-    """The same for the life of the process; what changes is what `responses` holds."""
+    """The same for the life of the process; what changes is what `responses`, `settings` and the engine's profiles hold."""
 
     config: ServerConfig
     engine: Engine
@@ -38,13 +38,17 @@ class Service:
     grammars: GrammarCompiler
     created: int = field(default_factory=lambda: int(time.time()))
     responses: ResponseStore = field(default_factory=ResponseStore)
+    settings: SteeringSettings = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "settings", SteeringSettings(self.config.policy))
 
     @property
     def model(self) -> str:
         """The model's public name."""
         return self.config.served_model_name
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """Changes when anything does that may change an answer: model, engine, dtype, profiles."""
         info = self.engine.info
@@ -53,7 +57,9 @@ class Service:
 
     def settle(self, model: str | None, fields: SteeringFields, headers: SteeringHeaders) -> Resolved:
         """The request's steering, its model name taken into account. Raises NotFoundError for an unknown model."""
-        return resolve(fields, headers, self.check_model(model), self.engine.profiles, self.config.policy)
+        settings = self.settings
+        alias = self.check_model(model)
+        return resolve(fields, headers, alias, self.engine.profiles, settings.policy, settings.defaults)
 
     def check_model(self, model: str | None) -> tuple[str, ...] | None:
         """The profiles that a model's name stands for; None where it names none. Raises NotFoundError for an unknown model."""

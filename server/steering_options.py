@@ -6,20 +6,21 @@ Pure: manifests and policies in, `SteeringOptions` out, or an error that names t
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 from server.errors import ForbiddenError, InvalidRequestError
-from server.wire.steering import METADATA_LEVELS, MetadataLevel, SteeringFields
-from steering.decision import ProfileActivation, SteeringOptions, StrengthSource
+from server.wire.steering import METADATA_LEVELS, MetadataLevel, Mode, SteeringFields
+from steering.decision import Positions, ProfileActivation, SteeringOptions, StrengthSource
 from steering.manifest import ProfileManifest
 
 Override = Literal["any", "raise_only", "none"]
-Mode = Literal["enforce", "shadow"]
 STRENGTH_HEADER = "X-FineSteer-Strength"
 PROFILES_HEADER = "X-FineSteer-Profiles"
 UNSTEERED = "unsteered"
+_PROFILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 T = TypeVar("T")
 
 
@@ -47,6 +48,25 @@ class SteeringPolicy:
 
 
 @dataclass(frozen=True)
+class SteeringDefaults:
+    """What a request gets that says nothing. `profiles`: those that are active; None: all that are loaded. `strengths`: by
+    name; the others' are their own manifests'."""
+
+    profiles: tuple[str, ...] | None = None
+    strengths: Mapping[str, float] = field(default_factory=dict)
+
+    def active(self, manifests: Mapping[str, ProfileManifest]) -> tuple[str, ...]:
+        """The active profiles among those that are loaded, in loading order."""
+        return tuple(name for name in manifests if self.profiles is None or name in self.profiles)
+
+    def strength(self, manifest: ProfileManifest) -> float:
+        return self.strengths.get(manifest.name, manifest.strength)
+
+
+START_UP = SteeringDefaults()
+
+
+@dataclass(frozen=True)
 class SteeringHeaders:
     """The two request headers, as sent."""
 
@@ -69,6 +89,7 @@ def resolve(
     alias: tuple[str, ...] | None,
     manifests: Mapping[str, ProfileManifest],
     policy: SteeringPolicy,
+    defaults: SteeringDefaults = START_UP,
 ) -> Resolved:
     """Settle every steering option of one request.
 
@@ -79,7 +100,7 @@ def resolve(
         InvalidRequestError: an unknown profile, a strength over the limit, options that contradict each other.
         ForbiddenError: `steering_locked`, or more metadata than the operator gives out.
     """
-    active, chosen_by = _profiles(fields, headers, alias, manifests)
+    active, chosen_by = _profiles(fields, headers, alias, manifests, defaults)
     _check_left_out(active, manifests, policy, chosen_by)
     strengths = _strengths(fields, headers, active, manifests, policy, chosen_by)
     if fields.steer_gate == "open" and not active:
@@ -89,7 +110,8 @@ def resolve(
     activations = []
     for name in active:
         manifest = manifests[name]
-        strength, source = strengths.get(name, (manifest.strength, "profile"))
+        default = defaults.strength(manifest)
+        strength, source = strengths.get(name, (default, "profile"))
         activation = ProfileActivation(
             profile=name,
             strength=strength,
@@ -97,8 +119,9 @@ def resolve(
             gate=fields.steer_gate or "auto",
             positions=fields.steer_positions or manifest.positions,
             shadow=policy.mode(name) == "shadow",
+            version=manifest.version,
         )
-        _check_lock(activation, manifest, policy.override(name))
+        _check_lock(activation, default, manifest.positions, policy.override(name))
         activations.append(activation)
     opted_out = not active and chosen_by != "default"
     return Resolved(
@@ -113,6 +136,7 @@ def _profiles(
     headers: SteeringHeaders,
     alias: tuple[str, ...] | None,
     manifests: Mapping[str, ProfileManifest],
+    defaults: SteeringDefaults,
 ) -> tuple[tuple[str, ...], str]:
     """The active profiles in loading order, and who chose them: a field's or header's name, `model`, or `default`."""
     if fields.steer_profiles is not None:
@@ -122,7 +146,7 @@ def _profiles(
     elif alias is not None:
         return alias, "model"
     else:
-        return tuple(manifests), "default"
+        return defaults.active(manifests), "default"
     _check_known(names, manifests, chosen_by)
     if len(set(names)) < len(names):
         raise InvalidRequestError(f"{chosen_by}: names a profile twice.", param=chosen_by)
@@ -209,17 +233,17 @@ def _number(text: str) -> float:
     return value
 
 
-def _check_lock(activation: ProfileActivation, manifest: ProfileManifest, override: Override) -> None:
-    """Raise ForbiddenError where the activation asks for what `override` does not allow."""
+def _check_lock(activation: ProfileActivation, default: float, positions: Positions, override: Override) -> None:
+    """Raise ForbiddenError where the activation asks for what `override` does not allow: the default strength and positions."""
     if override == "any":
         return
-    default, strength = manifest.strength, activation.strength
+    strength = activation.strength
     strength_param = STRENGTH_HEADER if activation.strength_source == "header" else "steer_strength"
     rules = {
         strength_param: strength == default
         or (override == "raise_only" and math.copysign(1, default) * strength > abs(default)),
         "steer_gate": activation.gate == "auto" or (override == "raise_only" and activation.gate == "open"),
-        "steer_positions": activation.positions == manifest.positions
+        "steer_positions": activation.positions == positions
         or (override == "raise_only" and activation.positions == "all"),
     }
     for param, allowed in rules.items():
@@ -265,6 +289,16 @@ def _kinds(
 OVERRIDE_KINDS = ("strength", "profiles", "opt_out", "gate", "positions")
 
 
+def profile_name_problem(name: str) -> str | None:
+    """Why a profile cannot be served under this name; None where it can."""
+    if _PROFILE_NAME.fullmatch(name) and name != UNSTEERED:
+        return None
+    return (
+        "a profile's name is 1 to 64 letters, digits, dots, dashes and underscores, "
+        f"and not {UNSTEERED!r}, which is an alias of the model."
+    )
+
+
 def alias_profiles(requested: str, served: str, manifests: Mapping[str, ProfileManifest]) -> tuple[str, ...] | None:
     """What a model name asks for: None for the plain name, `()` for `:unsteered`, one profile for `:NAME`.
 
@@ -281,10 +315,13 @@ def alias_profiles(requested: str, served: str, manifests: Mapping[str, ProfileM
 
 
 def aliases(
-    served: str, manifests: Mapping[str, ProfileManifest], policy: SteeringPolicy
+    served: str,
+    manifests: Mapping[str, ProfileManifest],
+    policy: SteeringPolicy,
+    defaults: SteeringDefaults = START_UP,
 ) -> dict[str, tuple[str, ...]]:
     """Every model name and the profiles it stands for, without those that a locked profile makes impossible."""
-    names = {served: tuple(manifests), f"{served}:{UNSTEERED}": ()}
+    names = {served: defaults.active(manifests), f"{served}:{UNSTEERED}": ()}
     names |= {f"{served}:{name}": (name,) for name in manifests}
     return {
         name: active

@@ -39,7 +39,10 @@ REASON_PRECEDENCE: tuple[Reason, ...] = (
 
 @dataclass(frozen=True)
 class ProfileActivation:
-    """One profile switched on for one request. `strength` is the absolute λ; 0 computes and reports but changes nothing."""
+    """One profile switched on for one request. `strength` is the absolute λ; 0 computes and reports but changes nothing.
+
+    `version`: the profile's, so that a request keeps the one it started with; empty: the one that is loaded.
+    """
 
     profile: str
     strength: float
@@ -47,6 +50,7 @@ class ProfileActivation:
     gate: GateMode = "auto"
     positions: Positions = "all"
     shadow: bool = False
+    version: str = ""
 
 
 @dataclass(frozen=True)

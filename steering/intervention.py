@@ -76,13 +76,14 @@ class Site:
     one's place.
 
     Attributes:
+        profiles: those that act here; may be replaced between two readings. Several versions of one name may be among them.
         table: (1 + num_slots, d), the model's dtype. Row 0 is zero; row 1 + slot is what the slot's answer gets.
     """
 
     def __init__(self, layer: int, profiles: list[SteeringProfile], num_slots: int, model: nn.Module) -> None:
         weight = model.get_input_embeddings().weight
         self.layer = layer
-        self._profiles = profiles
+        self.profiles = profiles
         self._dtype = model.dtype
         self.table = torch.zeros(1 + num_slots, text_config(model).hidden_size, dtype=model.dtype, device=weight.device)
 
@@ -96,8 +97,8 @@ class Site:
         decisions: list[list[ProfileDecision]] = [[] for _ in options]
         # Vectors that act, and whether on the whole prompt.
         doses: list[list[tuple[Tensor, bool]]] = [[] for _ in options]
-        for profile in self._profiles:
-            asked = [(i, a) for i, o in enumerate(options) for a in o.activations if a.profile == profile.name]
+        for profile in self.profiles:
+            asked = [(i, a) for i, o in enumerate(options) for a in o.activations if _means(a, profile)]
             if not asked:
                 continue
             activations = [a for _, a in asked]
@@ -120,6 +121,10 @@ class Site:
         """Keep the dose of the sequence in `slot` for its decode steps."""
         if dose is not None:
             self.table[1 + slot] = dose.answer
+
+
+def _means(activation: ProfileActivation, profile: SteeringProfile) -> bool:
+    return activation.profile == profile.name and activation.version in ("", profile.version)
 
 
 def _act(profile: SteeringProfile, activations: list[ProfileActivation], states: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,11 +181,14 @@ def _decision(profile: SteeringProfile, activation: ProfileActivation, numbers: 
     )
 
 
-def sites_of(model: nn.Module, profiles: Sequence[SteeringProfile], num_slots: int) -> list[Site]:
+def sites_of(
+    model: nn.Module, profiles: Sequence[SteeringProfile], num_slots: int, before: Sequence[Site] = ()
+) -> list[Site]:
     """The sites of `profiles` on a transformers decoder, from the lowest layer up. Raises ProfileError.
 
     Args:
         num_slots: how many sequences may hold a dose at once.
+        before: sites that were; those whose layers are still wanted are changed in place, and keep what they hold.
     """
     device = model.get_input_embeddings().weight.device
     by_layer: dict[int, list[SteeringProfile]] = {}
@@ -188,4 +196,10 @@ def sites_of(model: nn.Module, profiles: Sequence[SteeringProfile], num_slots: i
         profile.check_model(model)
         for layer, part in profile.to(device).by_layer().items():
             by_layer.setdefault(layer, []).append(part)
-    return [Site(layer, found, num_slots, model) for layer, found in sorted(by_layer.items())]
+    kept = {site.layer: site for site in before}
+    sites = []
+    for layer, found in sorted(by_layer.items()):
+        site = kept.get(layer) or Site(layer, found, num_slots, model)
+        site.profiles = found
+        sites.append(site)
+    return sites

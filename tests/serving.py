@@ -85,6 +85,7 @@ async def serving(artifacts: Artifacts, names: tuple[str, ...] = ("safety",), **
         kv_cache_bytes=config.kv_cache_memory,
         prefix_cache_bytes=config.prefix_cache_memory,
         num_threads=1,
+        live_profiles=config.access.admin_sha256 is not None,
         observer=metrics,
     )
     prompter = load_prompter(config.model, config.chat_template, config.tool_format)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hmac
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -12,8 +12,10 @@ from fastapi import Request, Response
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.access.gatekeeper import Gatekeeper
+from server.access.keys import Access
 from server.answers.generation import Generation
-from server.errors import ApiError, AuthenticationError
+from server.errors import ApiError
 from server.observability.logging import log_request
 from server.service import new_id
 
@@ -25,9 +27,9 @@ QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
 class RequestContext:
     """ASGI middleware. Leaves `request_id` in the request's state; whatever `watch` left there goes into the log line."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+    def __init__(self, app: ASGIApp, access: Access) -> None:
         self._app = app
-        self._api_key = api_key
+        self._gatekeeper = Gatekeeper(access)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -40,24 +42,31 @@ class RequestContext:
         request_id = sent if SANE_ID.fullmatch(sent) else new_id("req-")
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
-        begun_s, status = time.perf_counter(), None
+        begun_s, status, visitor = time.perf_counter(), None, None
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+                sent_headers = MutableHeaders(scope=message)
+                sent_headers[REQUEST_ID_HEADER] = request_id
+                if visitor is not None and visitor.usage is not None:
+                    sent_headers.update(visitor.usage.headers())
             elif method == "HEAD" and message["type"] == "http.response.body":
                 message = message | {"body": b""}
             await send(message)
 
         try:
-            if self._allows(scope["path"], headers):
-                await self._app(scope, receive, send_with_id)
-            else:
-                error = AuthenticationError("Wrong or missing API key. Send it as `Authorization: Bearer KEY`.")
+            try:
+                visitor = self._gatekeeper.admit(scope["method"], scope["path"], headers.get("Authorization", ""))
+            except ApiError as error:
                 await error_response(error)(scope, receive, send_with_id)
+            else:
+                await self._app(scope, receive, send_with_id)
         finally:
+            account = _account(state)
+            if visitor is not None and visitor.usage is not None:
+                visitor.usage.end(account.get("prompt_tokens", 0) + account.get("completion_tokens", 0))
             if scope["path"] not in QUIET_PATHS:
                 log_request(
                     {
@@ -65,20 +74,15 @@ class RequestContext:
                         "path": scope["path"],
                         "status": status or 500,
                         "seconds": time.perf_counter() - begun_s,
-                        **_account(state),
+                        **({} if visitor is None else {"key": visitor.name}),
+                        **account,
                     }
                 )
-
-    def _allows(self, path: str, headers: Headers) -> bool:
-        if self._api_key is None or not path.startswith("/v1/"):
-            return True
-        scheme, _, key = headers.get("Authorization", "").partition(" ")
-        return scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), self._api_key.encode())
 
 
 def error_response(error: ApiError) -> Response:
     """The error as OpenAI writes it."""
-    retry = {"Retry-After": "1"} if error.status == 503 else {}
+    retry = {} if error.retry_after_s is None else {"Retry-After": str(math.ceil(error.retry_after_s))}
     return Response(error.to_json(), status_code=error.status, media_type="application/json", headers=retry)
 
 

@@ -34,7 +34,7 @@ async def get_model(model: str, service: ServiceDep) -> Response:
 
 
 def _cards(service: Service) -> dict[str, ModelCard]:
-    names = aliases(service.model, service.engine.profiles, service.config.policy)
+    names = aliases(service.model, service.engine.profiles, service.settings.policy, service.settings.defaults)
     return {
         name: ModelCard(
             id=name,

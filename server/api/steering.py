@@ -23,7 +23,7 @@ router = APIRouter(tags=["Steering"])
 @router.get("/v1/steering/profiles", **documented(ProfileList, READS))
 async def list_profiles(service: ServiceDep) -> Response:
     """The loaded profiles."""
-    cards = [_card(service, name, manifest) for name, manifest in service.engine.profiles.items()]
+    cards = [profile_card(service, name, manifest) for name, manifest in service.engine.profiles.items()]
     return Response(ProfileList(object="list", data=cards).to_json(), media_type="application/json")
 
 
@@ -34,14 +34,14 @@ async def get_profile(name: str, service: ServiceDep) -> Response:
     if manifest is None:
         loaded = ", ".join(service.engine.profiles) or "none"
         raise NotFoundError(f"No profile {name!r} is loaded. Loaded: {loaded}.", param="name", code="unknown_profile")
-    return Response(_card(service, name, manifest).to_json(), media_type="application/json")
+    return Response(profile_card(service, name, manifest).to_json(), media_type="application/json")
 
 
 @router.post("/v1/steering/score", **documented(ScoreResponse, GENERATES, body=ScoreRequest))
 async def score(request: Request, service: ServiceDep) -> Response:
     """The decision that a prompt would get, in full; nothing is generated, and the gate metrics do not count it."""
     body = await read_body(request, ScoreRequest)
-    if service.config.policy.metadata_cap != "full":
+    if service.settings.policy.metadata_cap != "full":
         raise ForbiddenError(
             "This server does not give out gate values in full, and so has no scores.", code="steering_metadata_capped"
         )
@@ -61,8 +61,9 @@ async def score(request: Request, service: ServiceDep) -> Response:
     return Response(answer.to_json(), media_type="application/json")
 
 
-def _card(service: Service, name: str, manifest: ProfileManifest) -> ProfileCard:
-    policy = service.config.policy
+def profile_card(service: Service, name: str, manifest: ProfileManifest) -> ProfileCard:
+    """A loaded profile as clients see it, under the rules in force."""
+    policy = service.settings.policy
     gate = _said(dataclasses.asdict(manifest.gate))
     if policy.metadata_cap != "full":
         gate.pop("threshold", None)  # with the energy ratio it would tell an attacker how far a prompt is from the gate
@@ -75,7 +76,7 @@ def _card(service: Service, name: str, manifest: ProfileManifest) -> ProfileCard
         model=manifest.model.id,
         layer=manifest.layer,
         positions=manifest.positions,
-        strength=manifest.strength,
+        strength=service.settings.defaults.strength(manifest),
         max_strength=policy.max_strength,
         gate=gate,
         experts=_said(dataclasses.asdict(manifest.experts)),

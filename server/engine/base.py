@@ -7,7 +7,7 @@ An engine takes frozen `GenerationRequest`s and yields `TokenEvent`s; the first 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -188,14 +188,14 @@ class GenerationError(EngineError):
 
 
 class Engine(ABC):
-    """Runs one model with a fixed set of steering profiles. Construct, `start`, use, `stop`; all calls from one event loop."""
+    """Runs one model with steering profiles. Construct, `start`, use, `stop`; all calls from one event loop."""
 
     info: EngineInfo
 
     @property
     @abstractmethod
     def profiles(self) -> Mapping[str, ProfileManifest]:
-        """The loaded profiles' manifests by name, in the order in which they were given."""
+        """The loaded profiles' manifests by name, in the order in which they were given. A change makes a new mapping."""
 
     @property
     @abstractmethod
@@ -222,6 +222,24 @@ class Engine(ABC):
     @abstractmethod
     async def score(self, request: GenerationRequest) -> SteeringDecision:
         """The decision that `request` would get; nothing is generated and nothing is changed. Raises as `generate`."""
+
+    @abstractmethod
+    async def load_profile(
+        self, name: str, reference: str, check: Callable[[ProfileManifest], None] = lambda _: None
+    ) -> ProfileManifest:
+        """Have requests that begin from now on find a profile under `name`, in place of one that has it; those under way keep
+        the version they began with. Returns the manifest.
+
+        Args:
+            reference: a folder or a hub id.
+            check: may raise once the manifest is read.
+        Raises:
+            ProfileError: it cannot be used, or this engine's profiles are fixed; nothing has changed. What `check` raises.
+        """
+
+    @abstractmethod
+    async def unload_profile(self, name: str) -> None:
+        """Have no request that begins from now on use it; those under way go on with it. Raises KeyError where there is none."""
 
     @abstractmethod
     def stats(self) -> EngineStats:

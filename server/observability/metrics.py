@@ -59,7 +59,7 @@ class Metrics:
     def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry()
         self._model = {"model_name": model_name, "engine": "0"}
-        self._profiles: dict[str, _ProfileMetrics] = {}
+        self._profiles: dict[tuple[str, str], _ProfileMetrics] = {}  # by name and version
         ProcessCollector(registry=self.registry)
 
     def attach(self, engine: Engine) -> None:
@@ -111,8 +111,10 @@ class Metrics:
         )
 
     def _attach_steering(self, manifests: Mapping[str, ProfileManifest]) -> None:
-        family = _ProfileFamilies(self.registry)
-        self._profiles = {name: _ProfileMetrics(family, name, manifest) for name, manifest in manifests.items()}
+        self._families = family = _ProfileFamilies(self.registry)
+        for manifest in manifests.values():
+            self.add_profile(manifest)
+        self.show_profiles(manifests)
         self._unprofiled = {
             reason: family.skipped.labels(profile="", reason=reason) for reason in ("opted_out", "no_profile")
         }
@@ -125,6 +127,19 @@ class Metrics:
             registry=self.registry,
         )
 
+    def add_profile(self, manifest: ProfileManifest) -> None:
+        """Make the series of a profile, before any request can be under it."""
+        key = manifest.name, manifest.version
+        if key not in self._profiles:
+            self._profiles[key] = _ProfileMetrics(self._families, manifest.name, manifest)
+
+    def show_profiles(self, manifests: Mapping[str, ProfileManifest]) -> None:
+        """Tell which profiles are loaded now, all of them added before. Counts of those that went stay: requests under way
+        still add to them."""
+        self._families.info.clear()
+        for manifest in manifests.values():
+            self._profiles[manifest.name, manifest.version].show()
+
     def render(self) -> bytes:
         """The text of `/metrics`."""
         return generate_latest(self.registry)
@@ -136,7 +151,7 @@ class Metrics:
             return
         self._compute.observe(decision.compute_ms / 1000)
         for profile in decision.profiles:
-            self._profiles[profile.name].decided(profile)
+            self._profiles[profile.name, profile.version].decided(profile)
 
     def overridden(self, kinds: frozenset[str]) -> None:
         """A request set these kinds of steering option."""
@@ -149,7 +164,7 @@ class Metrics:
         self._prompt_tokens.inc(num_prompt_tokens)
         for profile in decision.profiles:
             if profile.applied:
-                self._profiles[profile.name].steered_requests.inc()
+                self._profiles[profile.name, profile.version].steered_requests.inc()
 
     def token(self, decision: SteeringDecision, gap_s: float | None) -> None:
         """A token was delivered, `gap_s` after the same completion's last one."""
@@ -158,7 +173,7 @@ class Metrics:
             self._inter_token_s[decision.applied].observe(gap_s)
         for profile in decision.profiles:
             if profile.applied:
-                self._profiles[profile.name].steered_tokens.inc()
+                self._profiles[profile.name, profile.version].steered_tokens.inc()
 
     def completion_ended(self, reason: str) -> None:
         """One of a request's completions ended."""
@@ -270,10 +285,15 @@ class _ProfileMetrics:
         self._expert_weight = [family.expert_weight.labels(profile=name, expert=str(i)) for i in experts]
         self.steered_requests = family.steered_requests.labels(profile=name)
         self.steered_tokens = family.steered_tokens.labels(profile=name)
+        self._family, self._name, self._manifest = family, name, manifest
+
+    def show(self) -> None:
+        """Say that this version is the one that is loaded."""
+        manifest = self._manifest
         if manifest.gate.threshold is not None:
-            family.threshold.labels(profile=name).set(manifest.gate.threshold)
-        family.info.labels(
-            profile=name,
+            self._family.threshold.labels(profile=self._name).set(manifest.gate.threshold)
+        self._family.info.labels(
+            profile=self._name,
             version=manifest.version,
             method=manifest.method,
             layer=manifest.layer,

@@ -12,6 +12,7 @@ from server.wire.base import RequestModel, ResponseModel
 from server.wire.parsing import shown
 from steering.decision import GateMode, Positions, ProfileDecision, Reason, SteeringDecision, StrengthSource
 
+Mode = Literal["enforce", "shadow"]
 MetadataLevel = Literal["none", "summary", "full"]
 METADATA_LEVELS: tuple[MetadataLevel, ...] = ("none", "summary", "full")
 
@@ -153,6 +154,50 @@ class ProfileCard(ResponseModel):
     override: str
     mode: str
     metrics: dict[str, Any]
+
+
+class LoadProfileRequest(RequestModel):
+    """`POST /v1/steering/profiles/load`. Operators only: `source` is a path on the server, or a hub id."""
+
+    name: str = Field(description="What requests call it. One that is loaded is replaced.")
+    source: str = Field(description="A profile folder on the server's disk, or a hub repository's id.")
+    mode: Mode | None = Field(
+        None, description="`enforce`, or `shadow`: it decides and reports only; null = as before."
+    )
+    default: bool = Field(True, description="Whether it acts on requests that name no profiles.")
+
+
+class UnloadProfileRequest(RequestModel):
+    """`POST /v1/steering/profiles/unload`."""
+
+    name: str
+
+
+class UnloadedProfile(ResponseModel):
+    """What was unloaded. Requests under way go on with it."""
+
+    object: Literal["steering.profile.unloaded"]
+    id: str
+    version: str
+
+
+class DefaultsRequest(RequestModel):
+    """`PUT /v1/steering/defaults`: all of them at once; what is left out is as at start-up."""
+
+    profiles: list[str] | None = Field(
+        None, description="Active where a request names none; null = all that are loaded."
+    )
+    strengths: dict[str, float] = Field({}, description="Default strength by profile.")
+    modes: dict[str, Mode] = Field({}, description="`enforce` or `shadow` by profile.")
+
+
+class Defaults(ResponseModel):
+    """The defaults in force, every loaded profile named."""
+
+    object: Literal["steering.defaults"]
+    profiles: list[str]
+    strengths: dict[str, float]
+    modes: dict[str, Mode]
 
 
 class ProfileList(ResponseModel):

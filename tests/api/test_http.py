@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from server.access.keys import Access
 from server.api.elsewhere import OPERATIONS, why_not
 from server.app import GZIP_FROM_BYTES
 from tests.checkpoint import CALM
@@ -135,7 +136,7 @@ async def test_media_types(served, headers, status):
 
 
 async def test_the_key_is_asked_for_before_anything_else(artifacts):
-    async with serving(artifacts, api_key="secret") as served:
+    async with serving(artifacts, access=Access.of("secret")) as served:
         for method, path in (("GET", "/v1/models"), ("POST", CHAT), ("GET", "/v1/nothing"), ("GET", "/v1/files")):
             response = await served.client.request(method, path)
             error = error_of(response)
@@ -165,7 +166,7 @@ async def test_without_the_option_no_page_may_call(served):
 
 @pytest.mark.parametrize("origins", [(ORIGIN, "http://localhost:3000"), ("*",)])
 async def test_pages_of_named_origins_may_call(artifacts, origins):
-    async with serving(artifacts, api_key="secret", cors_origins=origins) as served:
+    async with serving(artifacts, access=Access.of("secret"), cors_origins=origins) as served:
         allowed = "*" if origins == ("*",) else ORIGIN
         preflight = await served.client.options(CHAT, headers=PREFLIGHT)  # browsers send no key with it
         assert (preflight.status_code, preflight.headers["access-control-allow-origin"]) == (200, allowed)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from server.access.keys import Access
 from server.steering_options import SteeringPolicy
 from tests.checkpoint import CALM, FIRING
 from tests.serving import chunks, serving
@@ -143,7 +144,7 @@ async def test_strength_limit_is_the_operators(artifacts):
 
 
 async def test_api_key(artifacts):
-    async with serving(artifacts, api_key="s3cret") as served:
+    async with serving(artifacts, access=Access.of("s3cret")) as served:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic s3cret"}):
             response = await served.client.get("/v1/models", headers=headers)
             assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")

@@ -10,6 +10,7 @@ import json
 
 import pytest
 
+from server.access.keys import Access
 from tests import openai_schema
 from tests.checkpoint import CALM, FIRING
 from tests.serving import chunks, serving
@@ -63,7 +64,7 @@ async def test_text(served, fields, stream):
 
 
 async def test_models_and_errors(artifacts):
-    async with serving(artifacts, ("safety", "tone"), api_key="k") as served:
+    async with serving(artifacts, ("safety", "tone"), access=Access.of("k")) as served:
         key = {"Authorization": "Bearer k"}
         for card in (await served.client.get("/v1/models", headers=key)).json()["data"]:
             assert (await served.client.get(f"/v1/models/{card['id']}", headers=key)).json() == card

@@ -26,6 +26,7 @@ from server.engine.base import Engine, EngineInfo, EngineStats, GenerationReques
 from server.observability.metrics import Metrics
 from server.prompting.prompter import load_prompter
 from steering.decision import ProfileActivation, SteeringDecision, SteeringOptions, combine, decide_profile
+from steering.errors import ProfileError
 from steering.manifest import ProfileManifest
 from steering.profile import SteeringProfile
 from tests.serving import Connection
@@ -56,6 +57,12 @@ class Instant(Engine):
     async def start(self) -> None: ...
 
     async def stop(self) -> None: ...
+
+    async def load_profile(self, name: str, reference: str, check=lambda _: None) -> ProfileManifest:
+        raise ProfileError("this engine's profiles are fixed.")
+
+    async def unload_profile(self, name: str) -> None:
+        raise KeyError(name)
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
         top = tuple((token, -1.0) for token in range(request.sampling.logprobs or 0))

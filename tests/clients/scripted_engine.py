@@ -25,6 +25,7 @@ from server.engine.base import (
 )
 from server.prompting.vocabulary import Vocabulary
 from steering.decision import SteeringDecision, combine
+from steering.errors import ProfileError
 from steering.manifest import ProfileManifest
 
 MAX_MODEL_LEN = 4096
@@ -78,6 +79,12 @@ class ScriptedEngine(Engine):
 
     async def stop(self) -> None:
         pass
+
+    async def load_profile(self, name: str, reference: str, check=lambda _: None) -> ProfileManifest:
+        raise ProfileError("this engine's profiles are fixed.")
+
+    async def unload_profile(self, name: str) -> None:
+        raise KeyError(name)
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
         decision: SteeringDecision | None = await self.score(request)

@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from server import config as config_module
+from server.access.keys import Access
 from server.config import ConfigError, ServerConfig
 from server.listen import listen
 
@@ -22,7 +23,6 @@ OPTIONS = {
     "profile_modes": (),
     "max_steer_strength": 20.0,
     "steering_metadata": "full",
-    "api_key": None,
     "environ": {},
 }
 
@@ -36,7 +36,7 @@ def test_words_become_a_frozen_configuration():
         profiles=["safety=/a/b=c", "truth=org/truth"],
         profile_policies=["safety=raise_only"],
         profile_modes=["truth=shadow"],
-        host="0.0.0.0",
+        host="127.0.0.2",
     )
     assert config.served_model_name == "org/model"
     assert config.profiles == {"safety": "/a/b=c", "truth": "org/truth"}
@@ -53,10 +53,10 @@ def test_a_folder_is_served_by_its_own_name(tmp_path):
 
 
 def test_the_key_comes_from_the_option_or_the_environment_and_is_never_shown():
-    assert configure().api_key is None
-    assert configure(environ={"FINESTEER_API_KEY": "e"}).api_key == "e"
-    config = configure(environ={"FINESTEER_API_KEY": "e"}, api_key="option-wins")
-    assert config.api_key == "option-wins"
+    assert configure().access == Access()
+    assert configure(environ={"FINESTEER_API_KEY": "e,f"}).access == Access.of("e", "f")
+    config = configure(environ={"FINESTEER_API_KEY": "e", "FINESTEER_ADMIN_KEY": "a"}, api_keys=["option-wins"])
+    assert config.access == Access.of("option-wins", admin="a") and "option" not in repr(config)
     assert "option-wins" not in repr(config)
 
 

@@ -33,6 +33,7 @@ class EngineOptions:
         max_batched_tokens: prompt tokens in one step; None: 512 on a CPU, 2048 on a GPU.
         max_waiting: requests that may queue.
         kv_cache_bytes, prefix_cache_bytes: memory for running sequences and for finished prompts; None: see `memory`.
+        live_profiles: profiles may be loaded and unloaded while it runs; costs a state a position where there are none.
     """
 
     max_num_seqs: int = 32
@@ -41,6 +42,7 @@ class EngineOptions:
     max_waiting: int = 1024
     kv_cache_bytes: int | None = None
     prefix_cache_bytes: int | None = None
+    live_profiles: bool = False
 
 
 def build_core(
@@ -59,7 +61,7 @@ def build_core(
     """
     device = decoder.device
     sites = sites_of(model, profiles, options.max_num_seqs)
-    shapes, state_size = decoder.kv_shapes(), decoder.hidden_size if sites else 0
+    shapes, state_size = decoder.kv_shapes(), decoder.hidden_size if sites or options.live_profiles else 0
     memory = plan_memory(
         bytes_per_token(shapes, state_size, decoder.dtype),
         bytes_per_token(shapes, state_size * len(sites), decoder.dtype),

@@ -6,10 +6,12 @@ The loop reads: take commands, schedule, step, hand out. The event loop hears fr
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import logging
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -29,12 +31,15 @@ from server.engine.base import (
 from server.engine.native.build import EngineOptions, build_core
 from server.engine.native.core import Results
 from server.engine.native.decoder import Decoder
+from server.engine.native.live_profiles import LiveProfiles
 from server.engine.native.sequence import SequenceGroup
-from steering.decision import SteeringDecision
+from steering.decision import SteeringDecision, SteeringOptions
+from steering.errors import ProfileError
 from steering.manifest import ProfileManifest
 from steering.profile import SteeringProfile
 
 logger = logging.getLogger(__name__)
+RETIRE_AFTER_S = 30.0  # how long requests may still begin with a version that was replaced or unloaded
 
 
 class NativeEngine(Engine):
@@ -73,7 +78,13 @@ class NativeEngine(Engine):
             kv_cache_bytes=memory.kv_cache_bytes,
             prefix_cache_bytes=memory.prefix_cache_bytes,
         )
+        self._live = (
+            LiveProfiles(self._core, model, profiles, memory.prefix_cache_bytes) if options.live_profiles else None
+        )
         self._profiles = {profile.name: profile.manifest for profile in profiles}
+        self._versions = {(profile.name, profile.version) for profile in profiles}  # that requests may begin with
+        self._changing = asyncio.Lock()
+        self._awaited: set[concurrent.futures.Future[None]] = set()
         self._commands: queue.SimpleQueue[tuple[Callable[[Any], None], Any]] = queue.SimpleQueue()
         self._stats = EngineStats()
         self._failure: str | None = None
@@ -132,6 +143,60 @@ class NativeEngine(Engine):
             if decision is None:
                 self._commands.put((self._take_abort, group))
 
+    async def load_profile(
+        self, name: str, reference: str, check: Callable[[ProfileManifest], None] = lambda _: None
+    ) -> ProfileManifest:
+        if self._live is None:
+            raise ProfileError(
+                "this server's profiles are fixed; start it with an admin key to change them while it runs."
+            )
+        async with self._changing:
+            profile = await asyncio.to_thread(SteeringProfile.load, reference, name)
+            check(profile.manifest)
+            await self._on_thread(self._live.add, profile)
+            before = self._profiles.get(name)
+            self._versions.add((name, profile.version))
+            self._profiles = {**self._profiles, name: profile.manifest}
+            if before is not None and before.version != profile.version:
+                self._retire_later(name, before.version)
+            return profile.manifest
+
+    async def unload_profile(self, name: str) -> None:
+        async with self._changing:
+            version = self._profiles[name].version
+            self._profiles = {n: manifest for n, manifest in self._profiles.items() if n != name}
+            self._retire_later(name, version)
+
+    def _retire_later(self, name: str, version: str) -> None:
+        """Requests whose prompts are just being read have this version in hand."""
+        asyncio.get_running_loop().call_later(RETIRE_AFTER_S, self._retire, name, version)
+
+    def _retire(self, name: str, version: str) -> None:
+        current = self._profiles.get(name)
+        if self._live is not None and (current is None or current.version != version):
+            self._versions.discard((name, version))
+            self._commands.put((lambda key: self._live.retire(*key), (name, version)))
+
+    async def _on_thread(self, work: Callable[[Any], None], argument: Any) -> None:
+        """Have the engine's thread do something between two steps; raises what it raises."""
+        if self._failure is not None or self._thread is None:
+            raise EngineDeadError(self._failure or "the engine is not running")
+        done: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._awaited.add(done)
+        done.add_done_callback(self._awaited.discard)
+
+        def command(value: Any) -> None:
+            if done.set_running_or_notify_cancel():
+                try:
+                    done.set_result(work(value))
+                except Exception as error:
+                    done.set_exception(error)
+
+        self._commands.put((command, argument))
+        if self._failure is not None:  # it failed in between: nobody will read that command
+            raise EngineDeadError(self._failure)
+        await asyncio.wrap_future(done)
+
     def stats(self) -> EngineStats:
         return self._stats
 
@@ -151,15 +216,25 @@ class NativeEngine(Engine):
                 "this server has memory for; ask for fewer at once",
                 "n_too_large",
             )
-        unknown = [a.profile for a in request.steering.activations if a.profile not in self._profiles]
-        if unknown:
-            raise GenerationError(f"no steering profile {unknown[0]!r} is loaded", "profile_not_found")
+        request = replace(request, steering=self._pinned(request.steering))
         results: asyncio.Queue = asyncio.Queue()
         group = SequenceGroup.of(request, results.put_nowait, score_only=score_only)
         self._commands.put((self._take_request, group))
         if self._failure is not None:  # it failed in between: nobody will read that command
             raise EngineDeadError(self._failure)
         return group, results
+
+    def _pinned(self, steering: SteeringOptions) -> SteeringOptions:
+        """The same with each profile's version named: the one that is loaded, where the request names none."""
+        activations = []
+        for activation in steering.activations:
+            name, version = activation.profile, activation.version
+            if not version and name in self._profiles:
+                version = self._profiles[name].version
+            if (name, version) not in self._versions:
+                raise GenerationError(f"no steering profile {name!r} is loaded", "profile_not_found")
+            activations.append(replace(activation, version=version))
+        return replace(steering, activations=tuple(activations))
 
     # -- the engine's thread --------------------------------------------------------------------------------------------
 
@@ -169,6 +244,8 @@ class NativeEngine(Engine):
                 self._take_commands()
                 if not self._stopping and self._core.has_work:
                     self._hand_out(self._core.step())
+                    if self._live is not None and self._live.retired:
+                        self._live.sweep()
             self._fail_all("the engine was stopped")
         except Exception as error:  # the thread's edge: whatever it is, nothing more can be served
             logger.exception("the engine failed")
@@ -207,6 +284,8 @@ class NativeEngine(Engine):
         for group in groups:
             self._core.abort(group)
         self._hand_out([(group, EngineDeadError(message)) for group in groups])
+        for done in list(self._awaited):
+            done.set_exception(EngineDeadError(message))
 
     def _hand_out(self, results: Results) -> None:
         self._stats = self._core.stats()

@@ -34,7 +34,7 @@ def load_engine(
     num_threads: int | None = None,
     compiled: bool = False,
     observer: EngineObserver | None = None,
-    **options: int | None,
+    **options: int | bool | None,
 ) -> NativeEngine:
     """Load a checkpoint and its profiles, prove that our forward pass is the model's own and that the profiles act, and
     build the engine.

@@ -24,7 +24,7 @@ from server.engine.native.prefix_cache import PrefixCache
 from server.engine.native.prompt_logprobs import foretold
 from server.engine.native.sampler import Sampled, sample
 from server.engine.native.scheduler import Chunk
-from server.engine.native.sequence import Sequence, SequenceGroup
+from server.engine.native.sequence import Phase, Sequence, SequenceGroup
 from steering.decision import SteeringOptions, combine
 from steering.intervention import Reading, Site
 
@@ -56,6 +56,32 @@ class Runner:
         self.prefix_cache = PrefixCache(cache, self.segments, num_cached_blocks)
         self._graphed: GraphedDecode | None = None
         self._readings: dict[tuple[int, bytes, SteeringOptions], Reading] = {}
+
+    def change_sites(self, sites: Seq[Site], num_cached_blocks: int, groups: Seq[SequenceGroup]) -> None:
+        """Act at other sites from the next step on. Requests keep what was decided about them; prompts that are on their way
+        begin again. Where the layers change, the prefix cache begins empty.
+
+        Args:
+            sites: those of before that stay must be the same objects.
+            num_cached_blocks: of each of the new segments.
+            groups: every request that waits or runs.
+        """
+        before, after = ([site.layer for site in s] for s in (self.sites, sites))
+        self.sites = list(sites)
+        if before == after:
+            return
+        self.segments = segments_of(self.decoder.num_layers, sites)
+        stats, self.prefix_cache = self.prefix_cache.stats, None
+        self.prefix_cache = PrefixCache(self.cache, self.segments, num_cached_blocks)
+        self.prefix_cache.stats = stats
+        self._readings.clear()
+        for group in groups:
+            group.steering.move(before, after, group.decision is not None)
+            for sequence in group.sequences:
+                if sequence.phase is Phase.PREFILL and (group.prefilled or sequence.index == 0):
+                    self.enter(sequence, 0)
+        if self._graphed is not None:
+            self.record_graphs()
 
     def enter(self, sequence: Sequence, segment: int) -> None:
         """Put a sequence at the start of a segment; what is cached of it counts as done.

@@ -81,6 +81,11 @@ class SteeringState:
     profiles: list[ProfileDecision] = field(default_factory=list)
     compute_ms: float = 0.0
 
+    def move(self, before: list[int], after: list[int], decided: bool) -> None:
+        """Follow a change of the sites' layers. What was decided stays; a new site below it adds nothing to this request."""
+        kept = dict(zip(before, self.doses, strict=False))  # a prompt on its way has met the lowest sites only
+        self.doses = [kept.get(layer) for layer in after if decided or layer <= max(kept, default=-1)]
+
     def salt(self, segment: int) -> tuple[bytes, int]:
         """What shaped the states of a segment of layers besides the tokens, and from which position on (see `block_index.chain`)."""
         salt, start = b"", self.num_prompt_tokens - 1
