@@ -12,7 +12,7 @@ from steering.errors import ProfileError
 from tests.engine import answers, asked, carry_out, reference_model, tiny_core
 from tests.tiny import layered_profile, tiny_model, tiny_profile
 
-CHANGES = range(1, 12, 2)  # before which step: in every phase of the requests below
+CHANGES = range(1, 12, 3)  # before which step: in every phase of the requests below
 OPTIONS = {"max_batched_tokens": 5, "prefix_cache_bytes": 2**20, "live_profiles": True}
 BYTES = OPTIONS["prefix_cache_bytes"]
 
