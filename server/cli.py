@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import secrets
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from server import lab
+from server.access.keys import digest
 from server.config import ConfigError, ServerConfig
 from server.listen import listen
 
@@ -144,6 +147,14 @@ def serve(
         run(config, listener)
     except ConfigError as error:
         raise fail(str(error)) from error
+
+
+@app.command()
+def key(name: Annotated[str, typer.Argument(help="Whose key it is, for the log.")] = "client") -> None:
+    """Make an API key: prints it, for the client, and its entry for --api-keys-file, which holds its hash alone."""
+    made = f"fs-{secrets.token_urlsafe(32)}"
+    typer.echo(made)
+    typer.echo(json.dumps({"name": name, "sha256": digest(made)}))
 
 
 def fail(message: str) -> typer.Exit:
