@@ -8,8 +8,11 @@ import json
 import pytest
 
 from server.access.keys import Access
+from server.engine.base import GenerationError, GenerationRequest, SamplingOptions
 from server.engine.native import engine as engine_module
 from server.steering_options import SteeringPolicy
+from steering.decision import ProfileActivation, SteeringOptions
+from steering.profile import SteeringProfile
 from tests.checkpoint import CALM, FIRING, build_profile
 from tests.serving import chunks, sample, samples, serving
 
@@ -35,8 +38,6 @@ async def acted(served, text=FIRING[0], **fields):
 
 
 def version_of(folder):
-    from steering.profile import SteeringProfile
-
     return SteeringProfile.load(folder).version
 
 
@@ -75,14 +76,15 @@ async def test_load_replace_unload(artifacts, other, oracle):
 async def test_streams_under_way_keep_their_version(artifacts, other, oracle):
     """Many long streams, replaced again and again in the middle: each is the answer of the version that it says."""
     plain = {}
-    async with serving(artifacts, access=KEYS) as served:
-        for source in (artifacts.safety, other):
+    for source in (artifacts.safety, other):
+        async with serving(artifacts, (), access=KEYS) as served:  # a server that knows this version alone
             await post(served, "load", name="safety", source=str(source))
             for text in FIRING[:3]:
                 answer = (await served.chat(text, headers=USER, max_tokens=40, ignore_eos=True)).json()
                 version = answer["steering"]["profiles"][0]["version"]
                 plain[text, version] = answer["choices"][0]["message"]["content"]
-        assert len(set(plain.values())) == 6, "the versions answer differently"
+    assert len(set(plain.values())) == 6, "the versions answer differently"
+    async with serving(artifacts, access=KEYS) as served:
 
         async def stream(text):
             answer = await served.chat(text, headers=USER, max_tokens=40, ignore_eos=True, stream=True)
@@ -122,6 +124,24 @@ async def test_what_was_replaced_is_dropped_from_memory(artifacts, other, monkey
         await post(served, "load", name="safety", source=str(other))
         await asyncio.sleep(0.2)
         assert await acted(served) == {"safety": version_of(other)}
+
+
+async def test_a_request_that_was_being_read_meanwhile_gets_the_version_it_was_settled_with(artifacts, other):
+    old, new = version_of(artifacts.safety), version_of(other)
+    async with serving(artifacts, access=KEYS) as served:
+        await post(served, "load", name="safety", source=str(other))
+        prompt = await served.prompter.text(FIRING[0])
+
+        async def versions(version):
+            activation = ProfileActivation("safety", 2.0, gate="open", version=version)
+            asked = GenerationRequest("r", prompt, SamplingOptions(2), SteeringOptions((activation,)))
+            return [
+                event.decision.profiles[0].version async for event in served.engine.generate(asked) if event.decision
+            ]
+
+        assert [await versions(v) for v in (old, new, "")] == [[old], [new], [new]]
+        with pytest.raises(GenerationError, match="no steering profile 'safety'"):
+            await versions("sha256:never")
 
 
 def damaged(other, folder, **changes):
