@@ -102,6 +102,12 @@ def serve(
         bool, typer.Option("--allow-no-key", help="Listen beyond this machine without asking for a key.")
     ] = False,
     guard_metrics: Annotated[bool, typer.Option("--guard-metrics", help="Ask for a key at /metrics too.")] = False,
+    isolate_keys: Annotated[
+        bool,
+        typer.Option(
+            "--isolate-keys", help="Share nothing of the prefix cache between keys: its speed tells of others."
+        ),
+    ] = False,
     cors_origin: Annotated[
         list[str] | None,
         typer.Option(metavar="ORIGIN", help="Let pages from there call the API, * for any; repeatable. Default: none."),
@@ -122,6 +128,7 @@ def serve(
             api_keys_file=api_keys_file,
             admin_key=admin_key,
             guard_metrics=guard_metrics,
+            isolate_keys=isolate_keys,
             allow_no_key=allow_no_key,
             cors_origins=cors_origin or (),
             host=host,

@@ -140,3 +140,56 @@ def test_keys_that_make_no_sense_are_said_at_the_start(tmp_path, options, messag
     common = {"model": "m", "profiles": (), "served_model_name": None, "profile_policies": (), "profile_modes": ()}
     with pytest.raises(ConfigError, match=message):
         ServerConfig.from_options(**common, max_steer_strength=20, steering_metadata="full", environ={}, **options)
+
+
+TWO = replace(Access.of("one", "two", admin="root"), isolate_keys=True)
+
+
+async def test_a_response_is_its_keys_own(artifacts):
+    async with serving(artifacts, access=TWO) as served:
+        body = {"model": "tiny", "input": CALM[0], "max_output_tokens": 16, "temperature": 0}
+        made = (await served.client.post("/v1/responses", json=body, headers=bearer("one"))).json()
+        path, item = f"/v1/responses/{made['id']}", made["output"][0]["id"]
+        for method, where in (("GET", ""), ("GET", "/input_items"), ("DELETE", ""), ("POST", "/cancel")):
+            response = await served.client.request(method, path + where, headers=bearer("two"))
+            assert response.status_code == 404, (method, where)
+        for more, status in (
+            ({"previous_response_id": made["id"]}, 400),
+            ({"input": [{"type": "item_reference", "id": item}, {"role": "user", "content": "and?"}]}, 404),
+        ):
+            assert (
+                await served.client.post("/v1/responses", json=body | more, headers=bearer("two"))
+            ).status_code == status
+            assert (
+                await served.client.post("/v1/responses", json=body | more, headers=bearer("one"))
+            ).status_code == 200
+        assert (await served.client.get(path, headers=bearer("one"))).json()["id"] == made["id"]
+
+
+@pytest.mark.parametrize("isolated", [True, False])
+async def test_the_prefix_cache_tells_nothing_across_keys_that_are_kept_apart(artifacts, isolated):
+    async with serving(artifacts, access=replace(TWO, isolate_keys=isolated)) as served:
+
+        async def cached(key, path="/v1/chat/completions"):
+            text = "the same long question, " * 6
+            answer = await served.chat(text, headers=bearer(key), max_tokens=1, steer_metadata="full")
+            usage, steering = answer.json()["usage"], answer.json()["steering"]
+            return usage["prompt_tokens_details"]["cached_tokens"] > 0, steering["compute_ms"] > 0
+
+        assert await cached("one") == (False, True)
+        assert await cached("one") == (True, False)  # read from memory: it takes no time
+        assert await cached("two") == ((False, True) if isolated else (True, False))
+        assert await cached("two") == (True, False)
+
+
+def test_keeping_one_key_apart_makes_no_sense():
+    with pytest.raises(ConfigError, match="no two API keys"):
+        ServerConfig("m", "m", access=replace(Access.of("one"), isolate_keys=True))
+
+
+async def test_everything_but_health_and_pages_wants_a_key(artifacts):
+    async with serving(artifacts, access=Access.of("k")) as served:
+        for path in ("/tokenize", "/detokenize", "/v1/chat/completions", "/v1/steering/score"):
+            assert (await served.client.post(path, json={})).status_code == 401, path
+        for path in ("/health", "/ready", "/version", "/openapi.json", "/docs"):
+            assert (await served.client.get(path)).status_code == 200, path
