@@ -79,5 +79,7 @@ def command_line() -> str:
 
 
 def stop(console, message: str) -> None:
-    console.print(f"[red]error:[/red] {message}", soft_wrap=True)
+    from rich.markup import escape
+
+    console.print(f"[red]error:[/red] {escape(message)}", soft_wrap=True)
     raise typer.Exit(2)

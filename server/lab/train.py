@@ -20,7 +20,11 @@ def train(
         str, typer.Option(help="0-based decoder layer to read and steer at; or auto, or candidates as 8-20 or 3,5,8")
     ],
     pairs: Annotated[
-        list[Path], typer.Option(help='JSONL rows {"query", "preferred", "undesired"[, "side"]}; repeatable')
+        list[Path],
+        typer.Option(
+            help='JSONL rows {"query", "preferred", "undesired", and perhaps "side", "kind"}, or the published form '
+            '{"chosen", "rejected", and perhaps "prompt"}; texts or chat messages; repeatable'
+        ),
     ],
     out: Annotated[Path, typer.Option(help="folder to write the profile to")],
     model: Annotated[str, typer.Option(help="model folder or hub id; default: the embedded demo")] = "",
