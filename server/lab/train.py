@@ -48,13 +48,13 @@ def train(
     floor: Annotated[float, typer.Option(help="gates below this are exactly 0")] = 1e-3,
     centre: Annotated[str, typer.Option(help="auto, none, general or ir")] = "auto",
     rank: Annotated[str, typer.Option(help="auto, or the subspace's rank")] = "auto",
-    residual_rank: Annotated[int, typer.Option(help="m: residual directions")] = 10,
-    epochs: Annotated[int, typer.Option(help="at most, for router and residual")] = 100,
+    residual_rank: Annotated[int, typer.Option(min=0, help="m: residual directions")] = 10,
+    epochs: Annotated[int, typer.Option(min=1, help="at most, for router and residual")] = 100,
     learning_rate: Annotated[float, typer.Option(help="AdamW's")] = 5e-4,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
-    batch_tokens: Annotated[int, typer.Option(help="padded tokens in one batch of the extraction")] = 8192,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="padded tokens in one batch of the extraction")] = 8192,
     cache: Annotated[
         Path | None, typer.Option(help="folder of extracted states, to go on after an interruption; default: OUT.cache")
     ] = None,
@@ -82,8 +82,10 @@ def train(
             stop(console, f"{label} {value!r} is unknown; use one of {', '.join(known)}.")
     if rank != "auto" and not (rank.isdigit() and int(rank) > 0):
         stop(console, f"--rank {rank!r} must be auto or a whole number above 0.")
-    if not 0 < tail < 1 or decay <= 0 or not 0 <= floor < 1:
-        stop(console, "--tail must lie between 0 and 1, --decay above 0, --floor in [0, 1).")
+    if not 0 < tail < 1 or not 0 < decay < math.inf or not 0 <= floor < 1 or not 0 < learning_rate < math.inf:
+        stop(console, "--tail must lie between 0 and 1, --decay and --learning-rate above 0, --floor in [0, 1).")
+    if out.is_file():
+        stop(console, f"--out {out} is a file; name a folder.")
 
     chosen = "auto" if strength == "auto" else _number(strength)
     tried = [_number(word) for word in strengths.split(",")]

@@ -31,7 +31,7 @@ def estimate(
 ) -> Estimate:
     """Check and tokenise all examples, and time one batch of queries. Raises as `train` does for its inputs."""
     layers = candidates(options.layer, len(decoder_layers(model)))
-    pairs, bare = read_examples(options)
+    pairs, bare, _ = read_examples(options, text_config(model).hidden_size)
     queries = list(dict.fromkeys([q.query for rows in bare.values() for q in rows] + [p.query for p in pairs]))
     lengths, answers = {}, 0
     with progress_bar("tokens", len(queries) + len(pairs), progress) as advance:

@@ -127,8 +127,15 @@ def answer_states(
     """
 
     def row(i: int) -> Row:
-        prompt = encode_query(tokenizer, queries[i])
-        return prompt + tokenizer(answers[i], add_special_tokens=False)["input_ids"], len(prompt)
+        prompt, answer = (
+            encode_query(tokenizer, queries[i]),
+            tokenizer(answers[i], add_special_tokens=False)["input_ids"],
+        )
+        if not answer:
+            raise TrainingDataError(
+                f"{queries[i].where}: one of the answers has no tokens. Change it or remove the row."
+            )
+        return prompt + answer, len(prompt)
 
     with progress_bar(label, len(answers), progress) as advance:
         return _extract(model, row, queries, layer, batch_tokens, cache, advance)
@@ -169,7 +176,12 @@ def _extract(
                 advance(len(rows))
                 continue
             for batch in batches_by_length([len(ids) for ids, _ in rows], batch_tokens):
-                part[:, batch] = read([rows[b] for b in batch])
+                part[:, batch] = states = read([rows[b] for b in batch])
+                if not states.isfinite().all():
+                    raise ModelError(
+                        f"the model's states are not finite numbers in {model.dtype}, for one at {queries[start + batch[0]].where}. "
+                        "Give another --dtype, such as float32."
+                    )
                 advance(len(batch))
             if cache:
                 cache.save(path, part)

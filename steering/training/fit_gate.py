@@ -76,22 +76,9 @@ def fit_gate(
     Raises:
         TrainingDataError: too few states, or a gate that cannot separate (AUC < 0.5) without `force`.
     """
-    smallest = min(len(ir_states), len(general_states))
-    if smallest < 2 * FOLDS:
-        raise TrainingDataError(
-            f"a gate needs at least {2 * FOLDS} IR and {2 * FOLDS} general queries; there are {len(ir_states)} and "
-            f"{len(general_states)}. Add queries."
-        )
-    highest = min(len(ir_states) * (FOLDS - 1) // FOLDS - 1, ir_states.shape[1] - 1)
-    if rank != "auto" and rank > highest:
-        raise TrainingDataError(
-            f"rank {rank} needs more than {len(ir_states)} IR queries or a wider model: at most {highest}."
-        )
-    if calibration_states is not None and int(tail * (len(calibration_states) + 1)) < 1:
-        needed = int(np.ceil(1 / tail)) - 1
-        raise TrainingDataError(
-            f"a tail of {tail} needs at least {needed} calibration queries; there are {len(calibration_states)}."
-        )
+    num_calibration = None if calibration_states is None else len(calibration_states)
+    refuse_too_few(len(ir_states), len(general_states), num_calibration, ir_states.shape[1], rank, tail)
+    highest = _highest_rank(len(ir_states), ir_states.shape[1])
     ranks = [r for r in RANKS if r <= highest] if rank == "auto" else [rank]
     centres = CENTRES if centre == "auto" else (centre,)
 
@@ -121,6 +108,33 @@ def fit_gate(
     gate = QuantileGate(mean, basis, calibration.sort().values.contiguous(), tail, decay, floor)
     held_out = f"{FOLDS}-fold cross-fitting"
     return GateFit(gate, best.centre, best.rank, candidates, ir_ratios, general_ratios, held_out)
+
+
+def refuse_too_few(
+    num_ir: int, num_general: int, num_calibration: int | None, width: int, rank: int | Literal["auto"], tail: float
+) -> None:
+    """Raise TrainingDataError where there are too few queries for a gate, for its rank or for its threshold.
+
+    Args:
+        num_calibration: None where the threshold is set by the IR queries. width: d.
+    """
+    if min(num_ir, num_general) < 2 * FOLDS:
+        raise TrainingDataError(
+            f"a gate needs at least {2 * FOLDS} IR and {2 * FOLDS} general queries; there are {num_ir} and "
+            f"{num_general}. Add queries."
+        )
+    highest = _highest_rank(num_ir, width)
+    if rank != "auto" and rank > highest:
+        raise TrainingDataError(f"rank {rank} needs more than {num_ir} IR queries or a wider model: at most {highest}.")
+    if num_calibration is not None and int(tail * (num_calibration + 1)) < 1:
+        needed = int(np.ceil(1 / tail)) - 1
+        raise TrainingDataError(
+            f"a tail of {tail} needs at least {needed} calibration queries; there are {num_calibration}. Add queries."
+        )
+
+
+def _highest_rank(num_ir: int, width: int) -> int:
+    return min(num_ir * (FOLDS - 1) // FOLDS - 1, width - 1)
 
 
 def missed_out_of_sample(ratios: Tensor, tail: float, seed: int = 0) -> Tensor:

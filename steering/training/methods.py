@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steering.errors import TrainingDataError
 from steering.experts import ConstantVector, Experts, MixtureOfSteeringExperts
 from steering.gate import AlwaysOpenGate, Gate, energy_ratio
 from steering.manifest import ExpertsManifest, GateManifest
@@ -19,6 +18,7 @@ from steering.training.fit_cast import fit_cast
 from steering.training.fit_experts import ExpertFit, fit_experts
 from steering.training.fit_gate import MIN_AUC, GateFit, fit_gate, missed_out_of_sample
 from steering.training.options import TrainingOptions
+from steering.training.refusals import refuse_cancelling
 from steering.training.statistics import share
 
 
@@ -43,20 +43,6 @@ class ExpertsPart:
     metrics: dict[str, Any]
     validation_error: float | None = None
     fit: ExpertFit | None = None
-
-
-def refuse_senseless(options: TrainingOptions) -> None:
-    """Raise TrainingDataError where the method lacks a file that it cannot do without, or an option is not the method's."""
-    if options.method == "alphasteer" and not options.general:
-        raise TrainingDataError("alphasteer needs --general: queries on whose states its matrix is to do nothing.")
-    if options.method == "cast" and not options.ir:
-        raise TrainingDataError(
-            "cast needs --ir and --general: its condition is what tells the two apart. Without a condition it is --method caa."
-        )
-    if options.experts.variant != "standard" and options.method != "finesteer":
-        raise TrainingDataError(
-            f"--variant {options.experts.variant} is of --method finesteer; {options.method} has none."
-        )
 
 
 def make_gate(
@@ -175,9 +161,8 @@ def make_experts(
     """
     if options.method == "finesteer":
         return _mixture(pair_states, deltas, options, progress)
-    if options.method == "refusal_vector" and not harmful.any():
-        raise TrainingDataError('refusal_vector needs pairs with "side": "harmful"; the files have none.')
     chosen = harmful if options.method != "caa" and harmful.any() else torch.ones_like(harmful)
+    refuse_cancelling(options.method, deltas[chosen])
     vector = deltas[chosen].mean(0)
     if options.method != "alphasteer":
         return ExpertsPart(ConstantVector(vector), ExpertsManifest("constant"), {})

@@ -21,9 +21,10 @@ from steering.training.fit_experts import ExpertFit
 from steering.training.fit_gate import GateFit
 from steering.training.held_out import HeldOut, hold_out
 from steering.training.layers import LayerScore, choose_layer
-from steering.training.methods import make_experts, make_gate, refuse_senseless
+from steering.training.methods import make_experts, make_gate
 from steering.training.options import TrainingOptions
 from steering.training.progress import progress_bar
+from steering.training.refusals import refuse_constant, refuse_senseless, refuse_too_few
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,7 @@ def train(
     """
     num_layers = len(decoder_layers(model))
     layers = candidates(options.layer, num_layers)
-    pairs, bare_rows = read_examples(options)
-    held_out = None
-    if options.strength == "auto":
-        pairs, bare_rows, held_out = hold_out(pairs, bare_rows, options.seed)
+    pairs, bare_rows, held_out = read_examples(options, text_config(model).hidden_size)
     ir, general, calibration = bare_rows.values()
     bare = {name: [q.query for q in rows] for name, rows in bare_rows.items()}
 
@@ -86,7 +84,9 @@ def train(
     harmful_rows = torch.tensor([q in harmful for q in pair_queries])
 
     def gate_states(index: int) -> dict[str, Tensor]:
-        return {name: read[index, [row[q] for q in queries]] for name, queries in bare.items() if queries}
+        found = {name: read[index, [row[q] for q in queries]] for name, queries in bare.items() if queries}
+        refuse_constant(found)
+        return found
 
     scores: list[LayerScore] = []
     if len(layers) > 1:
@@ -137,10 +137,13 @@ def train(
     )
 
 
-def read_examples(options: TrainingOptions) -> tuple[list[Pair], dict[str, list[LabelledQuery]]]:
-    """The pairs, and the queries as "IR", "general" and "calibration", in this order. Raises TrainingDataError."""
-    if options.ir and not options.general:
-        raise TrainingDataError("--ir needs --general: a gate is chosen by how well it tells the two apart.")
+def read_examples(
+    options: TrainingOptions, width: int
+) -> tuple[list[Pair], dict[str, list[LabelledQuery]], HeldOut | None]:
+    """The pairs and the queries, as "IR", "general" and "calibration", that train, and what is set aside for the strength.
+
+    Raises TrainingDataError, also for all that is too few; `width`: d.
+    """
     refuse_senseless(options)
     pairs = read_pairs(options.pairs)
     names = {"IR": options.ir, "general": options.general, "calibration": options.calibration}
@@ -148,7 +151,12 @@ def read_examples(options: TrainingOptions) -> tuple[list[Pair], dict[str, list[
     bare = {name: [q.query for q in found] for name, found in rows.items()}
     refuse_overlap(bare)
     refuse_overlap({"pair": [p.query for p in pairs], "calibration": bare["calibration"]})
-    return pairs, rows
+    held_out = None
+    if options.strength == "auto":
+        pairs, rows, held_out = hold_out(pairs, rows, options.seed)
+    counts = {name: len(found) for name, found in rows.items()}
+    refuse_too_few(options, {p.side for p in pairs}, counts, len({p.query for p in pairs}), width)
+    return pairs, rows, held_out
 
 
 def candidates(layer: int | tuple[int, ...] | str, num_layers: int) -> list[int]:

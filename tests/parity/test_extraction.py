@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import normalizers
 
 from steering.architecture import decoder_layers
 from steering.errors import ModelError, TrainingDataError
@@ -85,6 +86,21 @@ def test_batches_hold_every_row_once_within_the_budget(lengths, budget):
 def test_a_row_beyond_the_models_positions_is_refused_by_its_line():
     with pytest.raises(TrainingDataError, match=r"t:0: \d+ tokens .* 32 positions"):
         query_states(tiny_model(max_position_embeddings=32), tiny_tokenizer(), queries(["long " * 40]), 1)
+
+
+def test_states_that_are_not_numbers_are_refused():
+    model = tiny_model()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:] = float("inf")
+    with pytest.raises(ModelError, match=r"not finite numbers in torch.float32, for one at t:.*--dtype"):
+        query_states(model, tiny_tokenizer(), queries(), 1)
+
+
+def test_an_answer_without_tokens_is_refused_by_its_line():
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("b", "")
+    with pytest.raises(TrainingDataError, match="t:3: one of the answers has no tokens"):
+        answer_states(tiny_model(), tokenizer, queries(), ANSWERS, 1)
 
 
 def test_a_tokenizer_without_chat_template_and_an_impossible_layer_are_refused():
