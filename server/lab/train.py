@@ -58,7 +58,9 @@ def train(
     cache: Annotated[
         Path | None, typer.Option(help="folder of extracted states, to go on after an interruption; default: OUT.cache")
     ] = None,
-    no_cache: Annotated[bool, typer.Option("--no-cache", help="keep no extracted states")] = False,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="keep no extracted states; those of several layers pass through TMPDIR")
+    ] = False,
     no_examples: Annotated[
         bool, typer.Option("--no-examples", help="quote no training query in the report and its evidence")
     ] = False,
@@ -142,7 +144,8 @@ def train(
                 console.print(
                     f"Would read {cost.layers} layers' states of {cost.queries} queries and {cost.pairs} pairs: "
                     f"{cost.tokens:,} tokens, about {cost.seconds:.0f} s before the fits, "
-                    f"{cost.state_bytes / 2**20:.1f} MiB of states. Nothing was written."
+                    f"{cost.memory_bytes / 2**20:.1f} MiB of states in memory, {cost.disk_bytes / 2**20:.1f} MiB on disk. "
+                    "Nothing was written."
                 )
                 return
             training = run(

@@ -139,7 +139,7 @@ def pair_file(path, count, **fields):
 def test_pairs_that_cannot_make_a_profile_are_refused_before_the_model_reads(
     lab, tmp_path, count, fields, method, message, options, monkeypatch
 ):
-    monkeypatch.setattr("steering.training.extraction._extract", None)
+    monkeypatch.setattr("steering.training.extraction._reading", None)
     pairs = pair_file(tmp_path / "p.jsonl", count, **fields)
     result = train(lab, tmp_path / "x", "--method", method, *options, calibration=None, pairs=pairs)
     assert result.exit_code == 2 and message in " ".join(result.output.split()), result.output
@@ -158,7 +158,7 @@ def test_pairs_that_cannot_make_a_profile_are_refused_before_the_model_reads(
     ],
 )
 def test_too_few_queries_are_refused_before_the_model_reads(lab, tmp_path, name, count, extra, message, monkeypatch):
-    monkeypatch.setattr("steering.training.extraction._extract", None)
+    monkeypatch.setattr("steering.training.extraction._reading", None)
     few = tmp_path / "few.jsonl"
     few.write_text("".join((lab / f"{name}.jsonl").read_text().splitlines(keepends=True)[:count]))
     result = train(lab, tmp_path / "x", *extra, **{name: few})
@@ -298,7 +298,7 @@ def test_what_is_held_out_is_in_no_other_group_with_all_its_pairs(lab):
 
     pairs = read_pairs([lab / "pairs.jsonl"])
     rows = {name: read_queries([lab / f"{file}.jsonl"]) for name, file in (("IR", "ir"), ("general", "general"))}
-    left, kept, held = hold_out(pairs, rows | {"calibration": []}, 0)
+    left, kept, held = hold_out(pairs, rows | {"calibration": read_queries([])}, 0)
     aside = {p.query for p in held.pairs} | set(held.general)
     assert len(held.pairs) == 12 and len({p.query for p in held.pairs}) == 6 and len(held.general) == 6
     assert not aside & {p.query for p in left} and not aside & {r.query for found in kept.values() for r in found}

@@ -38,8 +38,8 @@ def test_pairs_keep_order_side_and_paraphrases(tmp_path):
 )
 def test_every_form_of_a_pair_is_the_same_pair(tmp_path, row):
     plain, other = write(tmp_path / "p.jsonl", GOOD | {"side": "s"}), write(tmp_path / "o.jsonl", row | {"side": "s"})
-    assert read_pairs([plain]) == read_pairs([other])
-    assert read_pairs([plain]) != read_pairs([write(tmp_path / "x.jsonl", row)])
+    assert list(read_pairs([plain])) == list(read_pairs([other]))
+    assert list(read_pairs([plain])) != list(read_pairs([write(tmp_path / "x.jsonl", row)]))
 
 
 def test_a_conversation_keeps_its_earlier_turns(tmp_path):
@@ -123,11 +123,11 @@ def test_missing_empty_and_binary_files_are_refused(tmp_path):
 
 
 def test_a_query_in_two_groups_is_a_leak_and_in_one_it_is_not(tmp_path):
-    ir = [q.query for q in read_queries([write(tmp_path / "ir.jsonl", {"query": "a"}, {"query": "b"})])]
-    calibration = [q.query for q in read_queries([write(tmp_path / "cal.jsonl", {"query": "c"}, {"query": "b"})])]
+    ir = read_queries([write(tmp_path / "ir.jsonl", {"query": "a"}, {"query": "b"})])
+    calibration = read_queries([write(tmp_path / "cal.jsonl", {"query": "c"}, {"query": "b"})])
     with pytest.raises(TrainingDataError, match=r"cal.jsonl:2: field 'query'.*ir.jsonl:2"):
         refuse_overlap({"IR": ir, "calibration": calibration})
-    refuse_overlap({"IR": [*ir, *ir], "calibration": calibration[:1]})
+    refuse_overlap({"IR": ir + ir, "calibration": calibration.take([0])})
 
 
 def test_a_file_record_names_no_folder(tmp_path):
