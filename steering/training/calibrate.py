@@ -18,13 +18,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steering.errors import TrainingDataError
-from steering.gate import QuantileGate, energy_ratio
+from steering.gate import QuantileGate
 from steering.profile import SteeringProfile
 from steering.training.data import LabelledQuery, bare, file_record, file_sha256, read_queries, refuse_overlap
 from steering.training.extraction import DEFAULT_BATCH_TOKENS, query_states
-from steering.training.fit_gate import missed_out_of_sample
+from steering.training.fit_gate import energy_ratios, missed_out_of_sample
 from steering.training.on_disk import Rows
-from steering.training.principal import CHUNK
 from steering.training.statistics import auc, share
 
 CONFIDENCE = 0.95
@@ -161,7 +160,7 @@ def calibrate(
         states = query_states(
             model, tokenizer, bare(rows), profile.layer, batch_tokens=batch_tokens, label=label, progress=progress
         )
-        return torch.cat([energy_ratio(some, gate.mean, gate.basis) for some in states.split(CHUNK)])
+        return energy_ratios(states, gate.mean, gate.basis)
 
     ir = ratios(ir_rows, "IR queries")
     others = ratios(general_rows, "general queries") if general_rows else torch.empty(0)

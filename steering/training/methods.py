@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from steering.experts import ConstantVector, Experts, MixtureOfSteeringExperts
-from steering.gate import AlwaysOpenGate, Gate, energy_ratio
+from steering.gate import AlwaysOpenGate, Gate
 from steering.manifest import ExpertsManifest, GateManifest
 from steering.training.fit_alphasteer import CONSTANT_ERROR, fit_alphasteer
 from steering.training.fit_cast import fit_cast
 from steering.training.fit_experts import ExpertFit, fit_experts
-from steering.training.fit_gate import MIN_AUC, GateFit, fit_gate, missed_out_of_sample
+from steering.training.fit_gate import MIN_AUC, GateFit, energy_ratios, fit_gate, missed_out_of_sample
 from steering.training.options import TrainingOptions
 from steering.training.refusals import refuse_cancelling
 from steering.training.statistics import share
@@ -85,7 +85,7 @@ def _scs_gate(states: Mapping[str, Tensor], judged: Sequence[str], options: Trai
         num_calibration=len(gate.calibration),
     )
     general_gates = gate.soft_gate(fit.general_ratios)
-    ratios = energy_ratio(states["calibration"], gate.mean, gate.basis) if "calibration" in states else fit.ir_ratios
+    ratios = energy_ratios(states["calibration"], gate.mean, gate.basis) if "calibration" in states else fit.ir_ratios
     missed = missed_out_of_sample(ratios, gate.tail, options.seed)
     metrics = {
         "auc": round(fit.chosen.auc, 4),
