@@ -8,6 +8,8 @@ from pathlib import Path
 
 import typer
 
+DEVICE_MAP = "a model larger than one card: auto, balanced, balanced_low_0, sequential, or a JSON file {module: device}"
+
 
 def show(console, profile) -> None:
     from rich.table import Table

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from server.lab.console import command_line, show, stop
+from server.lab.console import DEVICE_MAP, command_line, show, stop
 from steering.errors import SteeringError
 
 
@@ -54,6 +54,7 @@ def train(
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    device_map: Annotated[str, typer.Option(help=DEVICE_MAP)] = "",
     batch_tokens: Annotated[int, typer.Option(min=1, help="padded tokens in one batch of the extraction")] = 8192,
     cache: Annotated[
         Path | None, typer.Option(help="folder of extracted states, to go on after an interruption; default: OUT.cache")
@@ -101,6 +102,7 @@ def train(
     from transformers.utils.logging import disable_progress_bar
 
     from server.config import demo_folder
+    from server.engine.native.device_map import read_device_map, refuse_several_devices
     from server.engine.native.load import load_model
     from steering.report import write_report
     from steering.training.card import write_card
@@ -136,7 +138,12 @@ def train(
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             disable_progress_bar()  # ours tell more
-            loaded = load_model(reference, dtype=dtype, device=device)
+            places = read_device_map(device_map, device)
+            if chosen == "auto":
+                refuse_several_devices(places)
+            loaded = load_model(reference, dtype=dtype, device=device, device_map=places)
+            if chosen == "auto":
+                refuse_several_devices(loaded)
             loaded.set_attn_implementation("sdpa" if loaded._supports_sdpa else "eager")
             tokenizer = AutoTokenizer.from_pretrained(reference)
             if dry_run:

@@ -232,6 +232,7 @@ def _passes(model: nn.Module, layers: list[int]) -> Iterator[Callable[[list[Row]
             raise ModelError(f"layer {layer} is outside the model's layers 0 to {len(modules) - 1}.")
     last, reduced, starts, ends = max(layers), {}, torch.empty(0), torch.empty(0)
     device = model.get_input_embeddings().weight.device
+    device = torch.device("cpu") if device.type == "meta" else device  # offloaded: moved where it is needed
 
     def hook(number: int, output: Tensor | tuple[Tensor, ...]) -> None:
         reduced[number] = _span_mean(output if isinstance(output, Tensor) else output[0], starts, ends)
