@@ -85,20 +85,19 @@ def _experts(training: Training, fit: ExpertFit, examples: bool) -> dict[str, An
     prototypes = fit.experts.prototypes
     routing = fit.experts.routing(training.pair_states).detach()
     entropy = -(routing * routing.clamp_min(1e-12).log()).sum(-1) / math.log(max(len(prototypes), 2))
-    labels = {pair.query: pair for pair in training.pairs}
+    labels = {name: training.pairs.labels(name) for name in ("side", "kind")}
     rows = _some(torch.arange(len(points))).tolist()
     described = []
     for k in range(len(prototypes)):
         mine = np.flatnonzero(fit.clusters == k)
         distance = (unit[mine] - prototypes[k]).norm(dim=-1)
         nearest = mine[distance.argsort().numpy()[:NUM_EXAMPLES]]
-        own = [labels[training.pair_queries[i]] for i in mine]
-        sides, kinds = (Counter(filter(None, (getattr(p, name) for p in own))) for name in ("side", "kind"))
+        sides, kinds = (Counter(filter(None, (found[i] for i in mine))) for found in labels.values())
         described.append(
             {
                 "size": len(mine),
                 "labels": [*sides.most_common(), *kinds.most_common(NUM_KINDS)],
-                "nearest": [training.pair_queries[i].chat[-1]["content"] for i in nearest] if examples else [],
+                "nearest": [training.pairs[i].query.chat[-1]["content"] for i in nearest] if examples else [],
             }
         )
     return {

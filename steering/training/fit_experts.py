@@ -18,6 +18,8 @@ from steering.manifest import Variant
 from steering.training.principal import principal_directions
 from steering.training.progress import progress_bar
 
+MIN_PAIRS = 20
+
 
 @dataclass(frozen=True)
 class ExpertOptions:
@@ -73,13 +75,10 @@ def fit_experts(
     `variant` "orthogonal_residual" is the authors' code's: prototypes of shifts that keep their lengths (in units of σ), K the
     median of what the elbow, the silhouette and Calinski–Harabasz choose, a residual basis of what of the shifts lies
     outside of the prototypes' span, and a value projection that starts at the identity (see `MixtureOfSteeringExperts`).
-    Raises TrainingDataError with fewer than 20 pairs or shifts that are all alike.
+    Raises TrainingDataError with fewer than `MIN_PAIRS` pairs or shifts that are all alike.
     """
     options = options or ExpertOptions()
-    if len(states) < 20:
-        raise TrainingDataError(
-            f"MoSE needs at least 20 pairs; there are {len(states)}. Add pairs, or train --method caa."
-        )
+    refuse_too_few(len(states))
     scale = float(shifts.square().sum(-1).mean().sqrt())
     if not scale > 0:
         raise TrainingDataError(
@@ -112,6 +111,14 @@ def fit_experts(
         mean_vector_error=_error(mean_vector, shifts[validation], scale),
         zero_error=_error(torch.zeros(()), shifts[validation], scale),
     )
+
+
+def refuse_too_few(num_queries: int) -> None:
+    """Raise TrainingDataError where the pairs have too few different queries for a mixture."""
+    if num_queries < MIN_PAIRS:
+        raise TrainingDataError(
+            f"MoSE needs at least {MIN_PAIRS} pairs of different queries; there are {num_queries}. Add pairs, or train --method caa."
+        )
 
 
 CRITERIA = ("elbow", "silhouette", "calinski_harabasz")
