@@ -155,7 +155,7 @@ def _prototypes(
 def elbow(inertias: dict[int, float]) -> dict[int, float]:
     """How far each K's inertia lies under the straight line between the first and the last, in units of their difference.
 
-    Source: Satopaa et al., "Finding a Kneedle in a Haystack", 2011, without its smoothing.
+    Source: Satopaa et al., "Finding a Kneedle in a Haystack", 2011, without its smoothing. The first and the last K have 0.
     """
     counts = sorted(inertias)
     first, last = counts[0], counts[-1]

@@ -66,13 +66,18 @@ def test_gate_with_tied_ratios_and_tails_on_the_edge_of_a_place(calibration, tai
 
 
 def test_the_reference_would_see_a_gate_that_counts_otherwise():
-    """A CDF of ratios below s, in place of at most s, differs where ratios tie."""
+    """A CDF of ratios below s, in place of at most s, differs where ratios tie; a quantile of M in place of M + 1 places, or one
+    that interpolates, where a place is nearly reached."""
     calibration, s, tail = [0.25] * 4 + [0.5] * 16, 0.25, Fraction(1, 2)
     below = Fraction(sum(c < s for c in calibration), len(calibration))
     assert reference.share_at_most(calibration, s) != below
     gate = QuantileGate(torch.zeros(D), torch.eye(D)[:, :2], torch.tensor(calibration), 0.5, 1.0)
     assert float(gate.soft_gate(torch.tensor([s]))) == pytest.approx(reference.gate(s, calibration, tail, 1.0, 1e-3))
     assert float(gate.soft_gate(torch.tensor([s]))) != pytest.approx(float(below / tail))
+    places = [i / 64 for i in range(1, 40)]
+    gate = replace(gate, calibration=torch.tensor(places), tail=0.25)
+    assert float(gate.threshold) == reference.threshold(places, Fraction(1, 4)) == 10 / 64
+    assert places[int(0.25 * len(places)) - 1] == 9 / 64 and np.quantile(places, 0.25) == 10.5 / 64
 
 
 @pytest.fixture(scope="module")
