@@ -107,9 +107,9 @@ def fit_experts(
         choices,
         clusters,
         curve,
-        validation_error=_error(experts(states[validation]).vector, shifts[validation], scale),
-        mean_vector_error=_error(mean_vector, shifts[validation], scale),
-        zero_error=_error(torch.zeros(()), shifts[validation], scale),
+        validation_error=float(_error(experts(states[validation]).vector, shifts[validation], scale)),
+        mean_vector_error=float(_error(mean_vector, shifts[validation], scale)),
+        zero_error=float(_error(torch.zeros(()), shifts[validation], scale)),
     )
 
 
@@ -238,16 +238,14 @@ def _train(
         for _ in range(options.epochs):
             total = 0.0
             for batch in training[torch.randperm(len(training))].split(options.batch_size):
-                residual = (experts(states[batch]).vector - shifts[batch]) / experts.shift_scale
-                fit = residual.square().sum(-1).mean()
-                loss = fit + options.regularisation * sum(p.square().sum() for p in parameters)
+                loss, fit = training_loss(experts, states[batch], shifts[batch], options.regularisation)
                 optimizer.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, options.clip)
                 optimizer.step()
                 total += float(fit.detach()) * len(batch)
             with torch.no_grad():
-                error = _error(experts(states[validation]).vector, shifts[validation], experts.shift_scale)
+                error = float(_error(experts(states[validation]).vector, shifts[validation], experts.shift_scale))
             curve.append((total / len(training), error))
             advance()
             if error < best_error:
@@ -255,6 +253,21 @@ def _train(
             elif (since := since + 1) > options.patience:
                 break
     return best, curve
+
+
+def training_loss(
+    experts: MixtureOfSteeringExperts, states: Tensor, shifts: Tensor, regularisation: float
+) -> tuple[Tensor, Tensor]:
+    """L = mean ‖v(h) − δ‖²/σ² + λ_reg ‖Θ‖², and its first term alone: two scalars, with gradients.
+
+    Source: FineSteer; its Θ is all that is trained: W_Q, W_K, the MLP with its biases and, where there is one, the value
+    projection, of which (W_V − I)C counts. Deviation: the error is in units of σ².
+    Args:
+        states, shifts: (N, d).
+    """
+    fit = _error(experts(states).vector, shifts, experts.shift_scale)
+    parameters = (getattr(experts, name) for name in _trained(experts))
+    return fit + regularisation * sum(p.square().sum() for p in parameters), fit
 
 
 @contextmanager
@@ -276,6 +289,6 @@ def _freeze(experts: MixtureOfSteeringExperts) -> MixtureOfSteeringExperts:
     return replace(experts, **{name: getattr(experts, name).detach().clone() for name in _trained(experts)})
 
 
-def _error(predicted: Tensor, shifts: Tensor, scale: float) -> float:
-    """mean ‖v − δ‖² / σ²."""
-    return float((predicted - shifts).square().sum(-1).mean() / scale**2)
+def _error(predicted: Tensor, shifts: Tensor, scale: float) -> Tensor:
+    """mean ‖v − δ‖² / σ², a scalar."""
+    return ((predicted - shifts) / scale).square().sum(-1).mean()
