@@ -14,7 +14,7 @@ from steering.experts import ConstantVector, Experts, MixtureOfSteeringExperts
 from steering.gate import AlwaysOpenGate, Gate
 from steering.manifest import ExpertsManifest, GateManifest
 from steering.training.fit_alphasteer import CONSTANT_ERROR, fit_alphasteer
-from steering.training.fit_cast import fit_cast
+from steering.training.fit_cast import CastFit, fit_cast
 from steering.training.fit_experts import ExpertFit, fit_experts
 from steering.training.fit_gate import MIN_AUC, GateFit, energy_ratios, fit_gate, missed_out_of_sample
 from steering.training.options import TrainingOptions
@@ -24,14 +24,14 @@ from steering.training.statistics import share
 
 @dataclass(frozen=True)
 class GatePart:
-    """A fitted gate. `auc` and `fire_rate` (on general queries) are held out, None without a gate; `fit` is SCS's only."""
+    """A fitted gate. `auc` and `fire_rate` (on general queries) are held out, None without a gate."""
 
     gate: Gate
     manifest: GateManifest
     metrics: dict[str, Any]
     auc: float | None = None
     fire_rate: float | None = None
-    fit: GateFit | None = None
+    fit: GateFit | CastFit | None = None
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _cast_gate(states: Mapping[str, Tensor], judged: Sequence[str], options: Tra
         "missed_by_source": _by_source(~fit.ir_fired, judged),
         "comparison": [],
     }
-    return GatePart(fit.gate, manifest, metrics, fit.auc, fired["share"])
+    return GatePart(fit.gate, manifest, metrics, fit.auc, fired["share"], fit)
 
 
 def _warn_of_poor_separation(auc: float) -> None:

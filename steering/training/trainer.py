@@ -22,6 +22,7 @@ from steering.training.cache import StateCache
 from steering.training.data import Pair, file_record
 from steering.training.examples import Examples, read_examples
 from steering.training.extraction import query_states, shifts
+from steering.training.fit_cast import CastFit
 from steering.training.fit_experts import ExpertFit
 from steering.training.fit_gate import GateFit
 from steering.training.held_out import HeldOut
@@ -45,7 +46,7 @@ class Training:
     pairs: Rows[Pair]
     pair_states: Tensor
     pair_shifts: Tensor
-    gate: GateFit | None
+    gate: GateFit | CastFit | None
     experts: ExpertFit | None
     layers: list[LayerScore] = field(default_factory=list)
     held_out: HeldOut | None = None
