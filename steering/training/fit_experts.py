@@ -128,7 +128,8 @@ def refuse_too_few(num_queries: int) -> None:
 
 CRITERIA = ("elbow", "silhouette", "calinski_harabasz")
 RESTARTS = 10
-SAMPLE = 2000  # of the shifts: what k-means restarts on, and the silhouette, whose cost is quadratic, judges
+RESTART_SAMPLE = 4000  # of the shifts: what k-means restarts on
+SILHOUETTE_SAMPLE = 2000  # its cost is quadratic
 
 
 def _prototypes(
@@ -143,7 +144,7 @@ def _prototypes(
         if name == "elbow":
             scores[name] = elbow({k: float(fit.inertia_) for k, fit in fits.items()})
         elif name == "silhouette":
-            some = _some(len(rows), SAMPLE, seed)
+            some = _some(len(rows), SILHOUETTE_SAMPLE, seed)
             distances = pairwise_distances(rows[some])
             np.fill_diagonal(distances, 0)  # rounding
             scores[name] = {
@@ -158,9 +159,9 @@ def _prototypes(
 
 
 def _clusterings(rows: np.ndarray, counts: Iterable[int], seed: int) -> dict[int, KMeans]:
-    """K-means of (N, d) rows for each K. Of more than `SAMPLE` rows the restarts see a sample, whose best centroids
+    """K-means of (N, d) rows for each K. Of more than `RESTART_SAMPLE` rows the restarts see a sample, whose best centroids
     all rows then start from: one run on all of them in place of ten."""
-    sample = rows[_some(len(rows), SAMPLE, seed)]
+    sample = rows[_some(len(rows), RESTART_SAMPLE, seed)]
     fits = {k: KMeans(k, n_init=RESTARTS, random_state=seed).fit(sample) for k in counts}
     if len(sample) == len(rows):
         return fits

@@ -15,6 +15,7 @@ from steering.errors import ShapeError, TrainingDataError
 from steering.experts import ConstantVector, LinearMap
 from steering.training import fit_experts as fitting
 from steering.training.fit_experts import RESTARTS, SAMPLE, ExpertOptions, elbow, fit_experts
+from tests.parity import numpy_reference as reference
 from tests.tiny import orthogonal_profile, tiny_model, tiny_profile
 
 
@@ -28,21 +29,16 @@ def drawn(seed, *shape):
 
 
 def in_numpy(experts, states):
-    """v, α and ‖residual‖ for each state, from the formulas, one state at a time, in float64."""
+    """v, α and ‖residual‖ for each state, by the float64 reference."""
     e = {k: v.double().numpy() for k, v in vars(experts).items() if isinstance(v, torch.Tensor)}
+    mlp = [e[k] for k in ("hidden_weight", "hidden_bias", "output_weight", "output_bias")]
     vectors, routings, residuals = [], [], []
     for h in states.double().numpy():
-        z = (h - e["input_mean"]) / e["input_std"]
-        scores = np.array([(e["key_projection"] @ c) @ (e["query_projection"] @ z) for c in e["prototypes"]])
-        weights = np.exp((scores - scores.max()) / np.sqrt(len(e["key_projection"])))
-        weights /= weights.sum()
-        beta = e["output_weight"] @ np.maximum(e["hidden_weight"] @ z + e["hidden_bias"], 0) + e["output_bias"]
-        residual = experts.shift_scale * e["residual_basis"] @ beta
-        vectors.append(
-            experts.shift_scale * sum(a * c for a, c in zip(weights, e["prototypes"], strict=True)) + residual
-        )
-        routings.append(weights)
-        residuals.append(np.linalg.norm(residual))
+        z = reference.standardise(h, e["input_mean"], e["input_std"])
+        vectors.append(reference.steering_vector(h, e, experts.shift_scale))
+        routings.append(reference.routing(z, e["prototypes"], e["query_projection"], e["key_projection"]))
+        residual = e["residual_basis"] @ reference.residual_coefficients(z, *mlp)
+        residuals.append(experts.shift_scale * np.linalg.norm(residual))
     return np.array(vectors), np.array(routings), np.array(residuals)
 
 
