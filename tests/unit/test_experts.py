@@ -14,7 +14,7 @@ from sklearn.metrics import calinski_harabasz_score, silhouette_score
 from steering.errors import ShapeError, TrainingDataError
 from steering.experts import ConstantVector, LinearMap
 from steering.training import fit_experts as fitting
-from steering.training.fit_experts import RESTARTS, SAMPLE, ExpertOptions, elbow, fit_experts
+from steering.training.fit_experts import RESTARTS, ExpertOptions, elbow, fit_experts
 from tests.parity import numpy_reference as reference
 from tests.tiny import orthogonal_profile, tiny_model, tiny_profile
 
@@ -261,6 +261,7 @@ def uneven(count=3000, d=24, noise=0.5):
 
 
 def test_of_many_shifts_restarts_on_a_sample_find_what_restarts_on_all_would_at_a_tenth_of_the_runs(monkeypatch):
+    monkeypatch.setattr(fitting, "RESTART_SAMPLE", 2000)
     states, shifts, which = uneven()
     rows = torch.nn.functional.normalize(shifts, dim=-1).double().numpy()
     wanted, hasty = {}, {}
@@ -277,7 +278,7 @@ def test_of_many_shifts_restarts_on_a_sample_find_what_restarts_on_all_would_at_
 
     monkeypatch.setattr(KMeans, "fit", counted)
     fit = fit_experts(states, shifts, ExpertOptions(epochs=1))
-    assert sorted(runs) == [(SAMPLE, RESTARTS)] * 7 + [(len(rows), 1)] * 7
+    assert sorted(runs) == [(2000, RESTARTS)] * 7 + [(len(rows), 1)] * 7
     assert fit.cluster_scores == pytest.approx(wanted, rel=0.02)
     assert min(hasty[k] / wanted[k] for k in wanted) < 0.9
     assert len(fit.experts.prototypes) == max(wanted, key=wanted.__getitem__)
@@ -289,7 +290,7 @@ def test_of_many_shifts_restarts_on_a_sample_find_what_restarts_on_all_would_at_
 
 
 def test_of_many_shifts_the_silhouette_is_that_of_a_seeded_sample(monkeypatch):
-    monkeypatch.setattr(fitting, "SAMPLE", 150)
+    monkeypatch.setattr(fitting, "SILHOUETTE_SAMPLE", 150)
     states, shifts, _ = planted(noise=1.0)
     options = ExpertOptions(variant="orthogonal_residual", prototypes=(5, 5), epochs=1)
     first, second = (fit_experts(states, shifts, options, seed=seed) for seed in (0, 1))
