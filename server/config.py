@@ -42,6 +42,10 @@ class ServerConfig:
     max_model_len: int | None = None
     max_batched_tokens: int | None = None
     max_waiting: int = 1024
+    request_timeout_s: float = 600.0
+    read_timeout_s: float = 60.0
+    stall_timeout_s: float = 60.0
+    shutdown_timeout_s: float = 25.0
     kv_cache_memory: int | None = None
     prefix_cache_memory: int | None = None
     responses_memory: int | None = None
@@ -56,7 +60,6 @@ class ServerConfig:
     allow_no_key: bool = False
     cors_origins: tuple[str, ...] = ()
     log_level: LogLevel = "info"
-    shutdown_grace_s: float = 10.0
 
     def __post_init__(self) -> None:
         if not self.served_model_name:
@@ -67,6 +70,11 @@ class ServerConfig:
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise ConfigError(f"--{option.replace('_', '-')} {value} must be at least 1.")
+        for option, least in (("request", 0), ("read", 0.1), ("stall", 0.1), ("shutdown", 0)):
+            if not least <= (seconds := getattr(self, f"{option}_timeout_s")) < float("inf"):
+                raise ConfigError(
+                    f"--{option}-timeout {seconds:g} must be a finite number of seconds, at least {least}."
+                )
         if self.tool_format is not None and self.tool_format not in FORMATS:
             raise ConfigError(f"--tool-format {self.tool_format!r} is not known; there are {', '.join(FORMATS)}.")
         if not (self.access.api_keys or self.allow_no_key or _is_loopback(self.host)):

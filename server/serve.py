@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-import signal
+import asyncio
+import functools
+import os
 import socket
 import sys
+import time
+from collections.abc import Callable
+from types import FrameType
 
 import uvicorn
 from rich.console import Console
+from sse_starlette.sse import AppStatus
 
 from server.app import create_app
 from server.banner import announce
 from server.config import ConfigError, ServerConfig
+from server.connection import MAX_HEAD_BYTES, BoundedConnection
 from server.engine.native.load import load_engine
 from server.listen import address_of
 from server.observability.logging import configure_logging
 from server.observability.metrics import Metrics
 from server.prompting.prompter import load_prompter
+from server.service import Service
 from steering.errors import SteeringError
+
+WRITE_LAST_WORDS_S = 2.0
 
 
 def run(config: ServerConfig, listener: socket.socket) -> None:
@@ -57,33 +67,64 @@ def run(config: ServerConfig, listener: socket.socket) -> None:
             )
     app = create_app(config, engine, prompter, metrics)
     address = address_of(listener)
-    server = _AnnouncingServer(
+    protocol = functools.partial(
+        BoundedConnection, read_timeout_s=config.read_timeout_s, stall_timeout_s=config.stall_timeout_s
+    )
+    server = DrainingServer(
         uvicorn.Config(
             app,
+            http=protocol,  # type: ignore[arg-type] - it is called, nothing else
+            ws="none",
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
             log_config=None,
             access_log=False,
             lifespan="on",
-            timeout_graceful_shutdown=int(config.shutdown_grace_s) + 2,
+            timeout_graceful_shutdown=2,
             server_header=False,
         ),
+        app.state.service,
         lambda: announce(console, config, engine, address),
     )
-    # uvicorn raises the signal that ended it again; by then the work is done, and the exit is a clean one.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
     server.run(sockets=[listener])
     if not server.started:
         sys.exit(1)
 
 
-class _AnnouncingServer(uvicorn.Server):
-    """Says so once it takes requests."""
+class DrainingServer(uvicorn.Server):
+    """Says so once it takes requests. Told to end by a signal, it goes on listening and refuses what is new, until what runs
+    has finished or the time for that is up; what is left then ends with an error. A second signal ends the process at once."""
 
-    def __init__(self, config: uvicorn.Config, announce) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, announce: Callable[[], None]) -> None:
         super().__init__(config)
-        self._announce = announce
+        self._service, self._announce = service, announce
+        self._until_s = 0.0
+        AppStatus.disable_automatic_graceful_drain()  # the library would cut streams at the first signal
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             self._announce()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        draining = self._service.draining
+        if draining.begun:
+            os._exit(128 + sig)
+        draining.begun = True
+        self._until_s = time.monotonic() + self._service.config.shutdown_timeout_s
+
+    async def on_tick(self, counter: int) -> bool:
+        draining = self._service.draining
+        if draining.begun and (not draining.num_active or time.monotonic() >= self._until_s):
+            return True
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._service.draining.num_active:
+            await self._service.engine.stop()  # each running answer is told, and ends
+            await self._until_idle(WRITE_LAST_WORDS_S)
+        await super().shutdown(sockets)
+
+    async def _until_idle(self, patience_s: float) -> None:
+        end_s = time.monotonic() + patience_s
+        while self._service.draining.num_active and time.monotonic() < end_s:
+            await asyncio.sleep(0.02)

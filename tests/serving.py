@@ -69,7 +69,7 @@ async def serving(artifacts: Artifacts, names: tuple[str, ...] = ("safety",), **
     profiles = {name: str(getattr(artifacts, name)) for name in names}
     config = ServerConfig(
         **(
-            {"model": str(artifacts.model), "served_model_name": "tiny", "profiles": profiles, "shutdown_grace_s": 0.0}
+            {"model": str(artifacts.model), "served_model_name": "tiny", "profiles": profiles}
             | {"max_model_len": 256}
             | options
         )
