@@ -10,8 +10,10 @@ import sys
 import time
 from collections.abc import Callable
 from types import FrameType
+from typing import Literal
 
 import uvicorn
+from fastapi import FastAPI
 from rich.console import Console
 from sse_starlette.sse import AppStatus
 
@@ -67,27 +69,30 @@ def run(config: ServerConfig, listener: socket.socket) -> None:
             )
     app = create_app(config, engine, prompter, metrics)
     address = address_of(listener)
-    protocol = functools.partial(
-        BoundedConnection, read_timeout_s=config.read_timeout_s, stall_timeout_s=config.stall_timeout_s
-    )
-    server = DrainingServer(
-        uvicorn.Config(
-            app,
-            http=protocol,  # type: ignore[arg-type] - it is called, nothing else
-            ws="none",
-            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
-            log_config=None,
-            access_log=False,
-            lifespan="on",
-            timeout_graceful_shutdown=2,
-            server_header=False,
-        ),
-        app.state.service,
-        lambda: announce(console, config, engine, address),
-    )
+    server = make_server(app, lambda: announce(console, config, engine, address))
     server.run(sockets=[listener])
     if not server.started:
         sys.exit(1)
+
+
+def make_server(app: FastAPI, announce: Callable[[], None], *, lifespan: Literal["on", "off"] = "on") -> DrainingServer:
+    """The HTTP server around an application, with every limit set. `announce` is called once it takes requests."""
+    config = app.state.service.config
+    protocol = functools.partial(
+        BoundedConnection, read_timeout_s=config.read_timeout_s, stall_timeout_s=config.stall_timeout_s
+    )
+    settings = uvicorn.Config(
+        app,
+        http=protocol,  # type: ignore[arg-type] - it is called, nothing else
+        ws="none",
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+        log_config=None,
+        access_log=False,
+        lifespan=lifespan,
+        timeout_graceful_shutdown=2,
+        server_header=False,
+    )
+    return DrainingServer(settings, app.state.service, announce)
 
 
 class DrainingServer(uvicorn.Server):

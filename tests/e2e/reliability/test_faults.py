@@ -156,8 +156,9 @@ async def test_a_prefix_cache_that_was_half_written_is_dropped(artifacts, oracle
         patched(monkeypatch, runner.cache, "read_blocks", defect)
         if not forgets:
             monkeypatch.setattr(runner, "forget", lambda: None)
-            for store in (store for stores in runner.prefix_cache._stores for store in stores):
-                store.zero_()
+            with torch.inference_mode():
+                for store in (store for stores in runner.prefix_cache._stores for store in stores):
+                    store.zero_()
         first = await ask(served, prompt, stream=False, steer_profiles=[])
         assert first.code == "pass_failed"
         second = await ask(served, prompt, stream=False, steer_profiles=[])
