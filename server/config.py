@@ -21,6 +21,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 API_KEY_VARIABLE = "FINESTEER_API_KEY"
 ADMIN_KEY_VARIABLE = "FINESTEER_ADMIN_KEY"
 DEMO_MODEL_NAME = "demo"
+MAX_THREADS = 1024
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGkmg])?(?:i?[Bb])?")
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9._-]+(:\d+)?|[a-z][a-z0-9+.-]*://\[[0-9a-f:]+\](:\d+)?")
 
@@ -70,6 +71,8 @@ class ServerConfig:
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise ConfigError(f"--{option.replace('_', '-')} {value} must be at least 1.")
+        if self.num_threads is not None and self.num_threads > MAX_THREADS:
+            raise ConfigError(f"--num-threads {self.num_threads} must be at most {MAX_THREADS}.")
         for option, least in (("request", 0), ("read", 0.1), ("stall", 0.1), ("shutdown", 0)):
             if not least <= (seconds := getattr(self, f"{option}_timeout_s")) < float("inf"):
                 raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
 import os
 import socket
@@ -61,6 +62,13 @@ def run(config: ServerConfig, listener: socket.socket) -> None:
             )
     except SteeringError as error:
         raise ConfigError(str(error)) from error
+    except (MemoryError, OSError, RuntimeError) as error:
+        if (isinstance(error, OSError) and error.errno != errno.ENOMEM) or "memory" not in str(error).lower():
+            raise
+        raise ConfigError(
+            f"too little memory ({str(error).strip().splitlines()[0]}). Lower --kv-cache-memory, --prefix-cache-memory, "
+            "--max-num-seqs or --max-model-len, or take a smaller model or dtype."
+        ) from error
     for name, manifest in engine.profiles.items():
         if abs(manifest.strength) > config.policy.max_strength:
             raise ConfigError(
