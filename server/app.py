@@ -15,12 +15,14 @@ from starlette.routing import Match
 
 from server.answers.response_store import ResponseStore
 from server.api import admin, chat, completions, models, ops, responses, steering, tokenize
+from server.api.admission import Admission
 from server.api.context import REQUEST_ID_HEADER, RequestContext, error_response
 from server.api.documentation import describe
 from server.api.elsewhere import OPERATIONS, why_not
 from server.api.engine_errors import api_error
 from server.api.respond import APPLIED_HEADER, PROFILES_HEADER
 from server.config import ServerConfig
+from server.draining import Draining
 from server.engine.base import Engine, EngineError
 from server.errors import ApiError, InternalError, InvalidRequestError, MethodNotAllowedError, UnknownPathError
 from server.grammar.compiler import GrammarCompiler
@@ -60,13 +62,13 @@ def create_app(config: ServerConfig, engine: Engine, prompter: Prompter, metrics
         lifespan=lifespan,
         redirect_slashes=False,
     )
-    app.state.service = Service(
+    app.state.service = service = Service(
         config, engine, prompter, metrics, grammars, responses=ResponseStore(max_bytes=config.responses_memory)
     )
     for module in MODULES:
         app.include_router(module.router)
     describe(app)
-    _add_middleware(app, config)
+    _add_middleware(app, config, service.draining)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(EngineError, _on_engine_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
@@ -75,9 +77,11 @@ def create_app(config: ServerConfig, engine: Engine, prompter: Prompter, metrics
     return app
 
 
-def _add_middleware(app: FastAPI, config: ServerConfig) -> None:
-    """From the inside out: compression of whole answers, id and key and log, CORS, whose preflights carry no key."""
+def _add_middleware(app: FastAPI, config: ServerConfig, draining: Draining) -> None:
+    """From the inside out: compression of whole answers, refusal of all once the server drains, id and key and log, CORS,
+    whose preflights carry no key."""
     app.add_middleware(GZipMiddleware, minimum_size=GZIP_FROM_BYTES, compresslevel=6)  # leaves event streams alone
+    app.add_middleware(Admission, draining=draining)
     app.add_middleware(RequestContext, access=config.access)
     if config.cors_origins:
         app.add_middleware(

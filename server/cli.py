@@ -46,6 +46,18 @@ def serve(
         int | None, typer.Option(help="Prompt tokens in one step: the most that running streams wait for.")
     ] = None,
     max_waiting: Annotated[int, typer.Option(help="Requests that may queue; more get a 503.")] = 1024,
+    request_timeout: Annotated[
+        float, typer.Option(help="Seconds from a request's arrival to its answer's end; then it fails. 0: no limit.")
+    ] = 600,
+    read_timeout: Annotated[
+        float, typer.Option(help="Seconds that a client may take to send a request's head, and then its body.")
+    ] = 60,
+    stall_timeout: Annotated[
+        float, typer.Option(help="Seconds that a client may leave its answer unread before it is cut off.")
+    ] = 60,
+    shutdown_timeout: Annotated[
+        float, typer.Option(help="Seconds that running answers get to finish after SIGTERM or Ctrl-C.")
+    ] = 25,
     kv_cache_memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Memory for running sequences' keys and values, e.g. 4GiB.")
     ] = None,
@@ -137,6 +149,10 @@ def serve(
             max_model_len=max_model_len,
             max_batched_tokens=max_batched_tokens,
             max_waiting=max_waiting,
+            request_timeout_s=request_timeout,
+            read_timeout_s=read_timeout,
+            stall_timeout_s=stall_timeout,
+            shutdown_timeout_s=shutdown_timeout,
             kv_cache_memory=kv_cache_memory,
             prefix_cache_memory=prefix_cache_memory,
             responses_memory=responses_memory,

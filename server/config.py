@@ -21,6 +21,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 API_KEY_VARIABLE = "FINESTEER_API_KEY"
 ADMIN_KEY_VARIABLE = "FINESTEER_ADMIN_KEY"
 DEMO_MODEL_NAME = "demo"
+MAX_THREADS = 1024
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGkmg])?(?:i?[Bb])?")
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9._-]+(:\d+)?|[a-z][a-z0-9+.-]*://\[[0-9a-f:]+\](:\d+)?")
 
@@ -42,6 +43,10 @@ class ServerConfig:
     max_model_len: int | None = None
     max_batched_tokens: int | None = None
     max_waiting: int = 1024
+    request_timeout_s: float = 600.0
+    read_timeout_s: float = 60.0
+    stall_timeout_s: float = 60.0
+    shutdown_timeout_s: float = 25.0
     kv_cache_memory: int | None = None
     prefix_cache_memory: int | None = None
     responses_memory: int | None = None
@@ -56,7 +61,6 @@ class ServerConfig:
     allow_no_key: bool = False
     cors_origins: tuple[str, ...] = ()
     log_level: LogLevel = "info"
-    shutdown_grace_s: float = 10.0
 
     def __post_init__(self) -> None:
         if not self.served_model_name:
@@ -67,6 +71,13 @@ class ServerConfig:
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise ConfigError(f"--{option.replace('_', '-')} {value} must be at least 1.")
+        if self.num_threads is not None and self.num_threads > MAX_THREADS:
+            raise ConfigError(f"--num-threads {self.num_threads} must be at most {MAX_THREADS}.")
+        for option, least in (("request", 0), ("read", 0.1), ("stall", 0.1), ("shutdown", 0)):
+            if not least <= (seconds := getattr(self, f"{option}_timeout_s")) < float("inf"):
+                raise ConfigError(
+                    f"--{option}-timeout {seconds:g} must be a finite number of seconds, at least {least}."
+                )
         if self.tool_format is not None and self.tool_format not in FORMATS:
             raise ConfigError(f"--tool-format {self.tool_format!r} is not known; there are {', '.join(FORMATS)}.")
         if self.access.isolate_keys and len(self.access.api_keys) < 2:

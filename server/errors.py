@@ -16,6 +16,7 @@ class ApiError(Exception):
     type = "server_error"
     code: str | None = None
     retry_after_s: float | None = None
+    closes = False  # whether the connection ends with it
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -72,6 +73,14 @@ class MethodNotAllowedError(InvalidRequestError):
     code = "method_not_supported"
 
 
+class SlowUploadError(InvalidRequestError):
+    """The body did not come in time."""
+
+    status = 408
+    code = "upload_timeout"
+    closes = True  # the rest of the body may still be on its way
+
+
 class RequestTooLargeError(InvalidRequestError):
     """The body is larger than any prompt could be."""
 
@@ -112,6 +121,20 @@ class EngineUnavailableError(ApiError):
     status = 503
     code = "engine_unavailable"
     retry_after_s = 1.0
+
+
+class ShuttingDownError(EngineUnavailableError):
+    """The server is about to end; another one, or this one started again, may answer."""
+
+    code = "shutting_down"
+    closes = True
+
+
+class DeadlineError(ApiError):
+    """The answer was not done in the time that the operator allows."""
+
+    status = 504
+    code = "request_timeout"
 
 
 class InternalError(ApiError):

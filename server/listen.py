@@ -14,6 +14,7 @@ def listen(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _notice_the_dead(listener)
         listener.bind(address)
     except socket.gaierror as error:
         raise ConfigError(f"--host {host}: no such address here.") from error
@@ -24,6 +25,14 @@ def listen(host: str, port: int) -> socket.socket:
             ) from error
         raise ConfigError(f"--host {host} --port {port}: cannot listen there ({error.strerror}).") from error
     return listener
+
+
+def _notice_the_dead(listener: socket.socket) -> None:
+    """Have its connections, which inherit this, end within two minutes where the client's machine is gone without a word."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
+        if hasattr(socket, option):
+            listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
 def address_of(listener: socket.socket) -> str:

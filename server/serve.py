@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-import signal
+import asyncio
+import errno
+import functools
+import os
 import socket
 import sys
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Literal
 
 import uvicorn
+from fastapi import FastAPI
 from rich.console import Console
+from sse_starlette.sse import AppStatus
 
 from server.app import create_app
 from server.banner import announce
 from server.config import ConfigError, ServerConfig
+from server.connection import MAX_HEAD_BYTES, BoundedConnection
 from server.engine.native.load import load_engine
 from server.listen import address_of
 from server.observability.logging import configure_logging
 from server.observability.metrics import Metrics
 from server.prompting.prompter import load_prompter
+from server.service import Service
 from steering.errors import SteeringError
+
+WRITE_LAST_WORDS_S = 2.0
 
 
 def run(config: ServerConfig, listener: socket.socket) -> None:
@@ -49,6 +62,13 @@ def run(config: ServerConfig, listener: socket.socket) -> None:
             )
     except SteeringError as error:
         raise ConfigError(str(error)) from error
+    except (MemoryError, OSError, RuntimeError) as error:
+        if (isinstance(error, OSError) and error.errno != errno.ENOMEM) or "memory" not in str(error).lower():
+            raise
+        raise ConfigError(
+            f"too little memory ({str(error).strip().splitlines()[0]}). Lower --kv-cache-memory, --prefix-cache-memory, "
+            "--max-num-seqs or --max-model-len, or take a smaller model or dtype."
+        ) from error
     for name, manifest in engine.profiles.items():
         if abs(manifest.strength) > config.policy.max_strength:
             raise ConfigError(
@@ -57,33 +77,67 @@ def run(config: ServerConfig, listener: socket.socket) -> None:
             )
     app = create_app(config, engine, prompter, metrics)
     address = address_of(listener)
-    server = _AnnouncingServer(
-        uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            lifespan="on",
-            timeout_graceful_shutdown=int(config.shutdown_grace_s) + 2,
-            server_header=False,
-        ),
-        lambda: announce(console, config, engine, address),
-    )
-    # uvicorn raises the signal that ended it again; by then the work is done, and the exit is a clean one.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
+    server = make_server(app, lambda: announce(console, config, engine, address))
     server.run(sockets=[listener])
     if not server.started:
         sys.exit(1)
 
 
-class _AnnouncingServer(uvicorn.Server):
-    """Says so once it takes requests."""
+def make_server(app: FastAPI, announce: Callable[[], None], *, lifespan: Literal["on", "off"] = "on") -> DrainingServer:
+    """The HTTP server around an application, with every limit set. `announce` is called once it takes requests."""
+    config = app.state.service.config
+    protocol = functools.partial(
+        BoundedConnection, read_timeout_s=config.read_timeout_s, stall_timeout_s=config.stall_timeout_s
+    )
+    settings = uvicorn.Config(
+        app,
+        http=protocol,  # type: ignore[arg-type] - it is called, nothing else
+        ws="none",
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+        log_config=None,
+        access_log=False,
+        lifespan=lifespan,
+        timeout_graceful_shutdown=2,
+        server_header=False,
+    )
+    return DrainingServer(settings, app.state.service, announce)
 
-    def __init__(self, config: uvicorn.Config, announce) -> None:
+
+class DrainingServer(uvicorn.Server):
+    """Says so once it takes requests. Told to end by a signal, it goes on listening and refuses what is new, until what runs
+    has finished or the time for that is up; what is left then ends with an error. A second signal ends the process at once."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, announce: Callable[[], None]) -> None:
         super().__init__(config)
-        self._announce = announce
+        self._service, self._announce = service, announce
+        self._until_s = 0.0
+        AppStatus.disable_automatic_graceful_drain()  # the library would cut streams at the first signal
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             self._announce()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        draining = self._service.draining
+        if draining.begun:
+            os._exit(128 + sig)
+        draining.begun = True
+        self._until_s = time.monotonic() + self._service.config.shutdown_timeout_s
+
+    async def on_tick(self, counter: int) -> bool:
+        draining = self._service.draining
+        if draining.begun and (not draining.num_active or time.monotonic() >= self._until_s):
+            return True
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._service.draining.num_active:
+            await self._service.engine.stop()  # each running answer is told, and ends
+            await self._until_idle(WRITE_LAST_WORDS_S)
+        await super().shutdown(sockets)
+
+    async def _until_idle(self, patience_s: float) -> None:
+        end_s = time.monotonic() + patience_s
+        while self._service.draining.num_active and time.monotonic() < end_s:
+            await asyncio.sleep(0.02)

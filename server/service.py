@@ -14,6 +14,7 @@ from server.answers.parts import Turn
 from server.answers.response_store import ResponseStore
 from server.config import ServerConfig
 from server.conversation import Conversation
+from server.draining import Draining
 from server.engine.base import Engine, GenerationRequest, Grammar, SamplingOptions
 from server.errors import InvalidRequestError, NotFoundError
 from server.grammar.compiler import GrammarCompiler
@@ -38,6 +39,7 @@ class Service:
     grammars: GrammarCompiler
     created: int = field(default_factory=lambda: int(time.time()))
     responses: ResponseStore = field(default_factory=ResponseStore)
+    draining: Draining = field(default_factory=Draining)
     settings: SteeringSettings = field(init=False)
 
     def __post_init__(self) -> None:
@@ -159,8 +161,9 @@ class Service:
         prompt_logprobs: int | None = None,
         priority: int | None = None,
         cache_owner: str = "",
+        deadline_s: float | None = None,
     ) -> Turn:
-        """The assistant's turn in a conversation, not yet begun; arguments and errors as for `request`."""
+        """The assistant's turn in a conversation, not yet begun; arguments and errors as for `request` and `generation`."""
         prompt = await self.prompter.chat(conversation)
         plan = await plan_answer(conversation, self.prompter.tools.format, self.grammars)
         request = self.request(
@@ -176,15 +179,22 @@ class Service:
             priority=priority,
             cache_owner=cache_owner,
         )
-        return Turn(self.generation(request, fields.stop, plan.markers), plan.new_parser, plan.new_call_id, plan.called)
+        generation = self.generation(request, fields.stop, plan.markers, deadline_s=deadline_s)
+        return Turn(generation, plan.new_parser, plan.new_call_id, plan.called)
 
     def generation(
-        self, request: GenerationRequest, stops: Sequence[str], markers: Sequence[str] = (), **options: bool
+        self,
+        request: GenerationRequest,
+        stops: Sequence[str],
+        markers: Sequence[str] = (),
+        *,
+        deadline_s: float | None = None,
+        **options: bool,
     ) -> Generation:
         """A run of `request`, not yet begun. `markers`: special tokens that are shown nevertheless; `options` as `Generation` has them."""
         vocabulary = self.prompter.vocabulary
         shown = vocabulary.showing(markers) if markers else vocabulary
-        return Generation(self.engine, request, shown, stops, self.metrics, **options)
+        return Generation(self.engine, request, shown, stops, self.metrics, deadline_s=deadline_s, **options)
 
     def _check_sampling(self, fields: SamplingFields, max_tokens: int, n: int) -> None:
         info = self.engine.info

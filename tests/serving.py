@@ -69,7 +69,7 @@ async def serving(artifacts: Artifacts, names: tuple[str, ...] = ("safety",), **
     profiles = {name: str(getattr(artifacts, name)) for name in names}
     config = ServerConfig(
         **(
-            {"model": str(artifacts.model), "served_model_name": "tiny", "profiles": profiles, "shutdown_grace_s": 0.0}
+            {"model": str(artifacts.model), "served_model_name": "tiny", "profiles": profiles}
             | {"max_model_len": 256}
             | options
         )
@@ -176,7 +176,21 @@ def sample(metrics_text: str, name: str, **labels: str) -> float:
 @contextlib.contextmanager
 def process(*arguments: str, log: Path, **environment: str) -> Iterator[str]:
     """`finesteer serve` with these arguments on a free port; yields its address, and ends it by SIGTERM."""
-    command = [sys.executable, "-m", "server", "serve", "--port", "0", *arguments]
+    with launched(*arguments, log=log, **environment) as (server, address):
+        try:
+            yield address
+        finally:
+            server.terminate()
+            code = server.wait(timeout=30)
+    assert code in (0, -15), f"exit code {code}:\n{log.read_text()}"
+
+
+@contextlib.contextmanager
+def launched(
+    *arguments: str, log: Path, port: int = 0, **environment: str
+) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """The same, for whoever ends it in another way: the process, and its address. Killed at the end, if it is still there."""
+    command = [sys.executable, "-m", "server", "serve", "--port", str(port), *arguments]
     with log.open("w") as output:
         server = subprocess.Popen(
             command,
@@ -185,11 +199,10 @@ def process(*arguments: str, log: Path, **environment: str) -> Iterator[str]:
             env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"} | environment,
         )
         try:
-            yield _address(server, log)
+            yield server, _address(server, log)
         finally:
-            server.terminate()
-            code = server.wait(timeout=30)
-    assert code in (0, -15), f"exit code {code}:\n{log.read_text()}"
+            server.kill()
+            server.wait()
 
 
 def _address(server: subprocess.Popen, log: Path) -> str:

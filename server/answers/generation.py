@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, TypeVar, cast
 
-from server.engine.base import Engine, EngineError, FinishReason, GenerationRequest, TokenEvent, TokenLogprobs
+from server.engine.base import (
+    DeadlineExceededError,
+    Engine,
+    EngineError,
+    FinishReason,
+    GenerationRequest,
+    TokenEvent,
+    TokenLogprobs,
+)
 from server.observability.metrics import Metrics
 from server.prompting.detokenizer import TextStream, TokenBytes
 from steering.decision import SteeringDecision
+
+Result = TypeVar("Result")
+
+
+async def by(deadline_s: float | None, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of `work`, which is cancelled at a time on the event loop's clock. Raises DeadlineExceededError."""
+    try:
+        async with asyncio.timeout_at(deadline_s):
+            return await work
+    except TimeoutError as error:
+        raise DeadlineExceededError(
+            "the answer was not done in the time that this server gives a request; ask for fewer tokens, or try again later"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -44,6 +66,7 @@ class Generation:
     Args:
         silent: each completion is its prompt alone. An engine makes a token at least; it is neither shown nor counted.
         note_ends: the token that ends a completion, which has no text, gets a note, too.
+        deadline_s: when it fails if it is not done, on the event loop's clock.
 
     Attributes:
         token_ids: of each completion so far, with the one that ended it.
@@ -60,6 +83,7 @@ class Generation:
         *,
         silent: bool = False,
         note_ends: bool = False,
+        deadline_s: float | None = None,
     ) -> None:
         self.request = request
         self.decision: SteeringDecision | None = None
@@ -69,6 +93,7 @@ class Generation:
         self.cached_tokens = 0
         self._logprob_sums = [0.0] * request.n
         self._silent, self._note_ends = silent, note_ends
+        self._deadline_s = deadline_s
         self._metrics = metrics
         self._hidden_ids = request.sampling.stop_token_ids
         self._texts: list[TextStream] = [
@@ -97,11 +122,7 @@ class Generation:
 
     async def start(self) -> SteeringDecision:
         """Wait until the prompt is prefilled and steering has decided. Raises the engine's errors."""
-        try:
-            self._first = await anext(self._events)
-        except EngineError:
-            self._failed = True
-            raise
+        self._first = await self._next()
         assert self._first.decision is not None, "an engine's first event carries the decision"
         self.decision = self._first.decision
         self.prompt_logprobs, self.cached_tokens = self._first.prompt_logprobs, self._first.num_cached_tokens
@@ -114,11 +135,7 @@ class Generation:
         assert self._first is not None, "start first"
         yield self._delta(self._first)
         while len(self._finished) < self.request.n:
-            try:
-                event = await anext(self._events)
-            except EngineError:
-                self._failed = True
-                raise
+            event = await self._next()
             if event.index not in self._finished:
                 yield self._delta(event)
 
@@ -139,6 +156,13 @@ class Generation:
                 total_s=now - self._begun_s,
                 decode_s=now - self._first_token_s,
             )
+
+    async def _next(self) -> TokenEvent:
+        try:
+            return await by(self._deadline_s, anext(self._events))
+        except EngineError:
+            self._failed = True
+            raise
 
     def _delta(self, event: TokenEvent) -> TextDelta:
         assert self.decision is not None

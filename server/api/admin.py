@@ -22,7 +22,7 @@ from steering.errors import ProfileError
 from steering.manifest import ProfileManifest
 
 router = APIRouter(tags=["Administration"])
-CHANGES = (400, 401, 403, 405, 413, 415, 500, 503)
+CHANGES = (400, 401, 403, 405, 408, 413, 415, 500, 503)
 
 
 @router.post("/v1/steering/profiles/load", **documented(ProfileCard, CHANGES, body=LoadProfileRequest))

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from server.answers.chat import chat_chunks, chat_completion
 from server.answers.parts import collect
 from server.api.context import watch
-from server.api.dependencies import ServiceDep, cache_owner, identity, read_body, settle
+from server.api.dependencies import ServiceDep, cache_owner, deadline_of, identity, read_body, settle
 from server.api.documentation import GENERATES, documented
 from server.api.respond import streamed, while_connected, whole
 from server.wire.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
@@ -39,6 +39,7 @@ async def create_chat_completion(request: Request, service: ServiceDep) -> Respo
         prompt_logprobs=body.prompt_logprobs,
         priority=body.priority,
         cache_owner=cache_owner(request, service),
+        deadline_s=deadline_of(request),
     )
     generation = turn.generation
     watch(request, body.model, [generation])
@@ -49,4 +50,4 @@ async def create_chat_completion(request: Request, service: ServiceDep) -> Respo
         completion = chat_completion(answer, generation, answers, vocabulary, token_ids=token_ids)
         return whole(completion, [generation], tell=tell)
     chunks = chat_chunks(answer, turn, vocabulary, body.include_usage, token_ids=token_ids)
-    return await streamed(request, [generation], chunks, service.config.shutdown_grace_s, tell=tell)
+    return await streamed(request, [generation], chunks, tell=tell)

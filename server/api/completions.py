@@ -11,9 +11,10 @@ from server.answers.generation import collect
 from server.answers.merge import together
 from server.answers.text import TextForm, text_chunks, text_completion
 from server.api.context import watch
-from server.api.dependencies import ServiceDep, cache_owner, identity, read_body, settle
+from server.api.dependencies import ServiceDep, cache_owner, deadline_of, identity, read_body, settle
 from server.api.documentation import GENERATES, documented
 from server.api.respond import streamed, while_connected, whole
+from server.errors import InvalidRequestError
 from server.service import Service
 from server.wire.completions import CompletionRequest, TextCompletion
 
@@ -31,6 +32,12 @@ async def create_completion(request: Request, service: ServiceDep) -> Response:
     body = await read_body(request, CompletionRequest)
     resolved = settle(request, service, body.model, body)
     answer = identity(service, body, resolved, "cmpl-", created)
+    most = service.config.max_waiting
+    if len(body.prompt) > most:
+        raise InvalidRequestError(
+            f"prompt: {len(body.prompt)} prompts are more than this server queues, {most}. Send them in several requests.",
+            param="prompt",
+        )
     prompts = await _token_ids(service, body)
     several = len(prompts) > 1
     requests = [
@@ -50,7 +57,10 @@ async def create_completion(request: Request, service: ServiceDep) -> Response:
         for i, tokens in enumerate(prompts)
     ]
     silent = body.max_tokens == 0
-    generations = [service.generation(item, body.stop, silent=silent, note_ends=True) for item in requests]
+    deadline_s = deadline_of(request)
+    generations = [
+        service.generation(item, body.stop, silent=silent, note_ends=True, deadline_s=deadline_s) for item in requests
+    ]
     watch(request, body.model, generations)
     vocabulary, tell = service.prompter.vocabulary, resolved.metadata != "none"
     form = TextForm(
@@ -65,7 +75,7 @@ async def create_completion(request: Request, service: ServiceDep) -> Response:
         completion = text_completion(answer, generations, completions, vocabulary, form)
         return whole(completion, generations, tell=tell)
     chunks = text_chunks(answer, generations, vocabulary, form, body.include_usage)
-    return await streamed(request, generations, chunks, service.config.shutdown_grace_s, tell=tell)
+    return await streamed(request, generations, chunks, tell=tell)
 
 
 async def _token_ids(service: Service, body: CompletionRequest) -> list[tuple[int, ...]]:

@@ -83,8 +83,10 @@ class RequestContext:
 
 def error_response(error: ApiError) -> Response:
     """The error as OpenAI writes it."""
-    retry = {} if error.retry_after_s is None else {"Retry-After": str(math.ceil(error.retry_after_s))}
-    return Response(error.to_json(), status_code=error.status, media_type="application/json", headers=retry)
+    headers = {} if error.retry_after_s is None else {"Retry-After": str(math.ceil(error.retry_after_s))}
+    if error.closes:
+        headers["Connection"] = "close"
+    return Response(error.to_json(), status_code=error.status, media_type="application/json", headers=headers)
 
 
 def watch(request: Request, model: str, generations: Sequence[Generation]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from typing import Annotated, TypeVar
 
 from fastapi import Depends, Request
 
 from server.answers.identity import AnswerIdentity
-from server.errors import RequestTooLargeError, UnsupportedMediaTypeError
+from server.errors import RequestTooLargeError, SlowUploadError, UnsupportedMediaTypeError
 from server.service import Service, new_id
 from server.steering_options import PROFILES_HEADER, STRENGTH_HEADER, Resolved, SteeringHeaders
 from server.wire.base import RequestModel
@@ -29,14 +30,33 @@ ServiceDep = Annotated[Service, Depends(_service)]
 
 
 async def read_body(request: Request, model: type[Body]) -> Body:
-    """The parsed body. Raises UnsupportedMediaTypeError, RequestTooLargeError, InvalidRequestError."""
+    """The parsed body; the time that the answer may take begins here.
+
+    Raises UnsupportedMediaTypeError, SlowUploadError, RequestTooLargeError, InvalidRequestError.
+    """
+    config = request.app.state.service.config
+    arrived_s = asyncio.get_running_loop().time()
+    request.state.deadline_s = arrived_s + config.request_timeout_s if config.request_timeout_s else None
     _check_media_type(request)
     raw = bytearray()
-    async for piece in request.stream():
-        raw += piece
-        if len(raw) > MAX_BODY_BYTES:
-            raise RequestTooLargeError(f"The body is larger than {MAX_BODY_BYTES >> 20} MiB. Shorten the prompt.")
+    try:
+        async with asyncio.timeout_at(arrived_s + config.read_timeout_s):
+            async for piece in request.stream():
+                raw += piece
+                if len(raw) > MAX_BODY_BYTES:
+                    raise RequestTooLargeError(
+                        f"The body is larger than {MAX_BODY_BYTES >> 20} MiB. Shorten the prompt."
+                    )
+    except TimeoutError as error:
+        raise SlowUploadError(
+            f"The body did not come within {config.read_timeout_s:g} s. Send it faster, or shorten it."
+        ) from error
     return parse_body(model, bytes(raw))
+
+
+def deadline_of(request: Request) -> float | None:
+    """When the answer must be done, on the event loop's clock; None: any time. After `read_body`."""
+    return request.state.deadline_s
 
 
 def _check_media_type(request: Request) -> None:

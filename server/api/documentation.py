@@ -21,18 +21,20 @@ STATUSES = {
     403: "The operator's policy does not let a client ask for this.",
     404: "No such model, profile or object.",
     405: "The path has other methods; `Allow` lists them.",
+    408: "The body did not come in time.",
     413: "The body is too large.",
     415: "The body is no JSON, by its own headers.",
     429: "The key has asked for as much as it may for now; `Retry-After` says when to try again.",
     500: "A defect, or a generation that failed alone.",
-    503: "The queue is full (`Retry-After` says when to try again), or the engine is not ready.",
+    503: "The queue is full (`Retry-After` says when to try again), the engine has failed, or the server is shutting down.",
+    504: "The answer was not done in the time that the operator allows.",
 }
 EXTRA_BODY = {"type": ["object", "null"], "description": "Its fields are read as if they stood beside it."}
 # The models that the routes' descriptions name, as their modules are imported.
 _BODIES: dict[type[BaseModel], None] = {}
 _ANSWERS: dict[type[BaseModel], None] = {}
 READS = (401, 405, 500)  # of every operation under /v1
-GENERATES = (400, 401, 403, 404, 405, 413, 415, 429, 500, 503)
+GENERATES = (400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 503, 504)
 
 
 def documented(

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from server.engine.base import (
+    DeadlineExceededError,
     EngineDeadError,
     EngineError,
     EngineOverloadedError,
+    EngineStoppedError,
     GenerationError,
     PromptTooLongError,
 )
-from server.errors import ApiError, EngineUnavailableError, InternalError, InvalidRequestError, OverloadedError
+from server.errors import (
+    ApiError,
+    DeadlineError,
+    EngineUnavailableError,
+    InternalError,
+    InvalidRequestError,
+    OverloadedError,
+    ShuttingDownError,
+)
 
 
 def api_error(error: EngineError) -> ApiError:
@@ -21,6 +31,10 @@ def api_error(error: EngineError) -> ApiError:
             return InvalidRequestError(message, code="context_length_exceeded")
         case EngineOverloadedError():
             return OverloadedError(message)
+        case DeadlineExceededError():
+            return DeadlineError(message)
+        case EngineStoppedError():
+            return ShuttingDownError(message)
         case EngineDeadError():
             return EngineUnavailableError(message)
         case GenerationError(code=code):

@@ -9,7 +9,7 @@ from fastapi.responses import PlainTextResponse
 
 from server.api.dependencies import ServiceDep
 from server.api.documentation import documented, refusals
-from server.errors import EngineUnavailableError
+from server.errors import EngineUnavailableError, ShuttingDownError
 from server.wire.ops import Health, Versions
 
 router = APIRouter(tags=["Operations"])
@@ -26,7 +26,9 @@ async def health(service: ServiceDep) -> Response:
 
 @router.get("/ready", **documented(Health, (405, 500, 503)))
 async def ready(service: ServiceDep) -> Response:
-    """Ready for traffic. The port opens after loading is done, so this differs from `/health` in name only, by design."""
+    """Ready for traffic: as `/health`, and 503 from the moment that the server was told to end. It is loaded before its port opens."""
+    if service.draining.begun:
+        raise ShuttingDownError("The server is shutting down.")
     return await health(service)
 
 

@@ -63,7 +63,6 @@ async def streamed(
     request: Request,
     generations: Sequence[Generation],
     chunks: AsyncIterator[ResponseModel],
-    shutdown_grace_s: float,
     *,
     tell: bool,
     framed: Framing | None = None,
@@ -87,7 +86,7 @@ async def streamed(
         await close()
         raise
     headers = _steering_headers(generations) if tell and starting.done() else {}
-    return AnswerStream(_after(starting, chunks), close, shutdown_grace_s, headers, framed)
+    return AnswerStream(_after(starting, chunks), close, headers, framed)
 
 
 async def _within(work: asyncio.Future, patience_s: float) -> None:
@@ -126,7 +125,6 @@ class AnswerStream(EventSourceResponse):
         self,
         chunks: AsyncIterator[ResponseModel | bytes],
         close: Callable[[], Awaitable[None]],
-        shutdown_grace_s: float,
         headers: Mapping[str, str] | None = None,
         framed: Framing | None = None,
     ) -> None:
@@ -136,9 +134,6 @@ class AnswerStream(EventSourceResponse):
             ping=PING_S,
             ping_message_factory=lambda: ServerSentEvent(comment="waiting", sep="\n"),
             headers={"Cache-Control": "no-cache", **(headers or {})},
-            # The library sets this event at shutdown, and cuts streams that have not ended when the grace is over.
-            shutdown_event=anyio.Event(),
-            shutdown_grace_period=shutdown_grace_s,
         )
         self._close = close
 

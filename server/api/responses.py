@@ -15,7 +15,7 @@ from server.answers.parts import Turn
 from server.answers.response_store import StoredResponse
 from server.answers.responses import ResponseWriter, response_usage, response_whole
 from server.api.context import watch
-from server.api.dependencies import ServiceDep, cache_owner, identity, key_name, read_body, settle
+from server.api.dependencies import ServiceDep, cache_owner, deadline_of, identity, key_name, read_body, settle
 from server.api.documentation import GENERATES, READS, documented
 from server.api.engine_errors import api_error
 from server.api.respond import named_events, streamed, while_connected, whole
@@ -70,6 +70,7 @@ async def create_response(request: Request, service: ServiceDep) -> Response:
         logprobs=body.num_logprobs,
         param="input",
         cache_owner=cache_owner(request, service),
+        deadline_s=deadline_of(request),
     )
     generation = turn.generation
     watch(request, body.model, [generation])
@@ -88,8 +89,7 @@ async def create_response(request: Request, service: ServiceDep) -> Response:
     tell = resolved.metadata != "none"
     if body.stream:
         events = _events(new_writer, turn, keep)
-        grace_s = service.config.shutdown_grace_s
-        return await streamed(request, [generation], events, grace_s, tell=tell, framed=named_events)
+        return await streamed(request, [generation], events, tell=tell, framed=named_events)
     response = await while_connected(request, response_whole(new_writer, turn))
     keep(response)
     return whole(response, [generation], tell=tell)

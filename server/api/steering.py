@@ -6,7 +6,8 @@ import dataclasses
 
 from fastapi import APIRouter, Request, Response
 
-from server.api.dependencies import ServiceDep, cache_owner, read_body, settle
+from server.answers.generation import by
+from server.api.dependencies import ServiceDep, cache_owner, deadline_of, read_body, settle
 from server.api.documentation import GENERATES, READS, documented
 from server.api.respond import while_connected
 from server.conversation import Conversation
@@ -55,7 +56,7 @@ async def score(request: Request, service: ServiceDep) -> Response:
     asked = GenerationRequest(
         new_id("score-"), prompt, SamplingOptions(max_tokens=1), resolved.options, cache_owner=owner
     )
-    decision = await while_connected(request, service.engine.score(asked))
+    decision = await while_connected(request, by(deadline_of(request), service.engine.score(asked)))
     report = steering_report(decision, "full")
     assert isinstance(report, SteeringReport)
     answer = ScoreResponse(

@@ -10,7 +10,7 @@ from server.errors import InvalidRequestError
 from server.wire.tokenize import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 
 router = APIRouter(tags=["Tokens"])
-ERRORS = (400, 404, 405, 413, 415, 500)
+ERRORS = (400, 404, 405, 408, 413, 415, 500, 503)
 
 
 @router.post("/tokenize", **documented(TokenizeResponse, ERRORS, body=TokenizeRequest))

@@ -183,6 +183,14 @@ class EngineDeadError(EngineError):
     """The engine's thread has failed; the process must be restarted. `/health` says so too."""
 
 
+class EngineStoppedError(EngineDeadError):
+    """The engine was told to stop: the server is shutting down."""
+
+
+class DeadlineExceededError(EngineError):
+    """The request took longer than it may. Whoever waits for an engine raises it, not the engine."""
+
+
 class GenerationError(EngineError):
     """This request failed alone (non-finite numbers, say); others go on. `code` is a stable machine-readable name."""
 

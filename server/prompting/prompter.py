@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from jinja2.exceptions import TemplateError
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
 from server.conversation import Conversation
 from server.errors import InvalidRequestError
@@ -49,6 +49,19 @@ class Prompter:
     def has_chat_template(self) -> bool:
         """Whether `chat` can work."""
         return bool(self._chat_template or self._tokenizer.chat_template)
+
+    def template_problem(self) -> str | None:
+        """What is wrong with the chat template whatever the conversation, if anything is."""
+        if not self.has_chat_template:
+            return None
+        messages = [{"role": "user", "content": "Hello"}]
+        try:
+            self._tokenizer.apply_chat_template(messages, chat_template=self._chat_template, tokenize=False)
+        except TemplateSyntaxError as error:
+            return f"line {error.lineno}: {_first_line(error)}"
+        except TEMPLATE_FAILURES:  # it may want another conversation
+            pass
+        return None
 
     async def chat(self, conversation: Conversation) -> tuple[int, ...]:
         """Token ids of a conversation up to where the assistant speaks. Raises InvalidRequestError."""
@@ -112,7 +125,7 @@ def _text_of(template: str | dict[str, str] | None) -> str:
 def load_prompter(model: str, chat_template: Path | None = None, tool_format: str | None = None) -> Prompter:
     """The prompter of a model folder or hub id; arguments as for `Prompter`.
 
-    Raises ModelError: no tokenizer, a tokenizer that cannot be streamed, an unreadable chat template file.
+    Raises ModelError: no tokenizer, a tokenizer that cannot be streamed, a chat template that cannot be read or is no Jinja.
     """
     from transformers import AutoTokenizer
 
@@ -130,7 +143,10 @@ def load_prompter(model: str, chat_template: Path | None = None, tool_format: st
         tokenizer = AutoTokenizer.from_pretrained(model)
     except Exception as error:  # the tokenizers library raises bare Exception for a bad tokenizer.json
         raise ModelError(f"{model}: its tokenizer cannot be loaded ({_first_line(error)}).") from error
-    return Prompter(tokenizer, eos_token_ids(model, tokenizer), _template_text(chat_template), tool_format)
+    prompter = Prompter(tokenizer, eos_token_ids(model, tokenizer), _template_text(chat_template), tool_format)
+    if problem := prompter.template_problem():
+        raise ModelError(f"{chat_template or model}: the chat template is not valid Jinja ({problem}).")
+    return prompter
 
 
 def eos_token_ids(model: str, tokenizer: Any) -> frozenset[int]:
@@ -139,7 +155,9 @@ def eos_token_ids(model: str, tokenizer: Any) -> frozenset[int]:
 
     try:
         configured = GenerationConfig.from_pretrained(model).eos_token_id
-    except OSError:  # no generation_config.json
+    except OSError as error:
+        if (Path(model) / "generation_config.json").exists():
+            raise ModelError(f"{model}: its generation_config.json cannot be read ({_first_line(error)}).") from error
         configured = getattr(AutoConfig.from_pretrained(model).get_text_config(decoder=True), "eos_token_id", None)
     ids = {configured} if isinstance(configured, int) else set(configured or ())
     return frozenset(ids | ({tokenizer.eos_token_id} - {None}))

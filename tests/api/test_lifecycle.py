@@ -126,11 +126,11 @@ async def test_an_engine_that_ends_in_mid_stream_says_so(artifacts):
         await asyncio.wait_for(running, 5)
         *_, last = connection.received.decode().strip().split("\n\n")
         error = json.loads(last.removeprefix("data: "))["error"]
-        assert (error["code"], error["type"]) == ("engine_unavailable", "server_error")
+        assert (error["code"], error["type"]) == ("shutting_down", "server_error")
         assert b"[DONE]" not in connection.received
         assert b'"finish_reason":"' not in connection.received
         after = await served.chat(CALM[0])
-        assert (after.status_code, after.json()["error"]["code"]) == (503, "engine_unavailable")
+        assert (after.status_code, after.json()["error"]["code"]) == (503, "shutting_down")
         assert sample(await metrics_of(served), "request_success_total", finished_reason="error") == 2
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from server.cli import app
@@ -140,3 +145,114 @@ def test_a_context_longer_than_the_models(artifacts):
 def test_a_chat_template_that_is_not_there(artifacts, tmp_path):
     sentence = refusal("--model", str(artifacts.model), "--chat-template", str(tmp_path / "none.jinja"))
     assert "none.jinja: the chat template cannot be read" in sentence
+
+
+WEIGHTS = "model.safetensors"
+
+
+def written(name: str, content: bytes) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes(content) and None
+
+
+def gone(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def configured(**fields: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+    return change
+
+
+def weights(change: Callable[[dict[str, torch.Tensor], str], Any]) -> Callable[[Path], None]:
+    def changed(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        change(tensors, next(name for name in tensors if "down_proj" in name))
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+    return changed
+
+
+MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no config": (gone("config.json"), "model_type"),
+    "a config that is no JSON": (written("config.json", b"{"), "not a valid JSON file"),
+    "a config that is a list": (written("config.json", b"[]"), "must be a mapping"),
+    "an architecture nobody knows": (configured(model_type="foo"), "foo"),
+    "impossible heads": (configured(num_attention_heads=7), "validate_architecture"),
+    "no weights": (gone(WEIGHTS), "model.safetensors"),
+    "weights cut short": (
+        lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-500]) and None,
+        "incomplete",
+    ),
+    "weights that are none": (written(WEIGHTS, b"x" * 100), "header too large"),
+    "a tensor that is missing": (weights(lambda t, name: t.pop(name)), "1 of its tensors are not in its files"),
+    "a tensor with NaN": (weights(lambda t, name: t[name].fill_(torch.nan)), "logits that are not finite"),
+    "another width": (configured(hidden_size=32), "other shapes than its config.json"),
+    "another vocabulary": (configured(vocab_size=10), "other shapes than its config.json"),
+    "a tokenizer that is none": (written("tokenizer.json", b"{}"), "its tokenizer cannot be loaded"),
+    "a tokenizer's config that is no JSON": (written("tokenizer_config.json", b"{"), "its tokenizer cannot be loaded"),
+    "a generation config that is no JSON": (
+        written("generation_config.json", b"{"),
+        "generation_config.json cannot be read",
+    ),
+    "a chat template that is no Jinja": (written("chat_template.jinja", b"{% for %}"), "not valid Jinja (line 1"),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_a_model_that_cannot_be_served(artifacts, tmp_path, case):
+    change, said = MODELS[case]
+    shutil.copytree(artifacts.model, tmp_path / "m")
+    change(tmp_path / "m")
+    sentence = refusal("--model", str(tmp_path / "m"))
+    assert said in sentence and len(sentence.splitlines()) == 1
+
+
+OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
+    "no such folder": (("--model", "/no/such/model"), "no such folder"),
+    "a hub id that is none": (("--model", "a b c"), "a b c"),
+    "an integer dtype": (("--dtype", "int8"), "--dtype 'int8'"),
+    "a dtype nobody serves": (("--dtype", "float8_e4m3fn"), "--dtype 'float8_e4m3fn'"),
+    "no device": (("--device", "gpu"), "--device 'gpu'"),
+    "a device nobody serves": (("--device", "meta"), "--device 'meta'"),
+    "too little for one sequence": (("--kv-cache-memory", "1KiB"), "--kv-cache-memory"),
+    "more than there is": (("--prefix-cache-memory", "900000GiB"), "too little memory"),
+    "more rows than there is room": (("--max-num-seqs", "100000000"), "too little memory"),
+    "no size": (("--responses-memory", "many"), "--responses-memory many"),
+    "no port": (("--port", "70000"), "--port 70000"),
+    "no address": (("--host", "no.such.host.invalid", "--allow-no-key"), "--host no.such.host.invalid"),
+    "somebody else's address": (("--host", "192.0.2.7", "--allow-no-key"), "cannot listen there"),
+    "the world without a key": (("--host", "0.0.0.0"), "without an API key"),
+    "no keys": (("--api-keys-file", "/no/such/file"), "--api-keys-file /no/such/file: cannot be read"),
+    "too many threads": (("--num-threads", "1000000"), "--num-threads 1000000"),
+    "no threads": (("--num-threads", "0"), "--num-threads 0"),
+    "no context": (("--max-model-len", "0"), "--max-model-len 0"),
+    "a queue of none": (("--max-waiting", "0"), "--max-waiting 0"),
+    "a negative deadline": (("--request-timeout", "-1"), "--request-timeout -1"),
+    "no time to read": (("--read-timeout", "0"), "--read-timeout 0"),
+    "no time at all": (("--stall-timeout", "nan"), "--stall-timeout nan"),
+    "no end": (("--shutdown-timeout", "inf"), "--shutdown-timeout inf"),
+    "a strength that is no number": (("--max-steer-strength", "nan"), "--max-steer-strength nan"),
+    "a policy for nobody": (("--profile-policy", "x=any"), "no profile 'x' is loaded"),
+    "a profile without a name": (("--profile", "/a/b"), "must be NAME=PATH"),
+    "a tool format nobody knows": (("--tool-format", "foo"), "--tool-format 'foo'"),
+    "a log level nobody knows": (("--log-level", "loud"), "--log-level"),
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_options_that_cannot_be_followed(artifacts, case):
+    options, said = OPTIONS[case]
+    assert said in refusal(*(() if "--model" in options else ("--model", str(artifacts.model))), *options)
+
+
+def test_a_profile_that_computes_nothing_finite(artifacts, tmp_path):
+    """What is not finite is no steering, though it differs from the plain answer."""
+    profile = SteeringProfile.load(artifacts.safety)
+    huge = ConstantVector(torch.full((profile.manifest.model.hidden_size,), 3e38))
+    manifest = replace(profile.manifest, method="caa", experts=ExpertsManifest("constant"))
+    replace(profile, manifest=manifest, experts=huge).save(tmp_path)
+    sentence = refusal("--model", str(artifacts.model), "--profile", f"loud={tmp_path}")
+    assert "'loud' does not steer this model as it should" in sentence and "finite" in sentence

@@ -11,6 +11,7 @@ import pytest
 from server.engine.base import (
     EngineDeadError,
     EngineOverloadedError,
+    EngineStoppedError,
     GenerationError,
     GenerationRequest,
     PromptTooLongError,
@@ -229,19 +230,19 @@ async def test_stopping_ends_what_runs_and_takes_no_more():
         task = asyncio.create_task(collect(engine, request("a", max_tokens=55)))
         await asyncio.sleep(0.01)
         await engine.stop()
-        with pytest.raises(EngineDeadError):
+        with pytest.raises(EngineStoppedError):
             await task
-        with pytest.raises(EngineDeadError):
+        with pytest.raises(EngineStoppedError):
             await collect(engine, request("b"))
 
 
 async def test_an_engine_that_fails_says_so_to_everyone(monkeypatch):
     async with running() as engine:
 
-        def fail(sequences):
+        def fail():
             raise RuntimeError("out of memory")
 
-        monkeypatch.setattr(engine._core.runner, "decode", fail)
+        monkeypatch.setattr(engine._core, "step", fail)
         with pytest.raises(EngineDeadError, match="out of memory"):
             await collect(engine, request("a"))
         assert "out of memory" in engine.failure

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
+from functools import partial
+from typing import Literal, TypeVar
 
 import torch
 
@@ -18,19 +22,27 @@ from server.engine.base import (
     SamplingOptions,
     TokenEvent,
 )
+from server.engine.native.inbox import Result
 from server.engine.native.prefix_cache import PrefixCacheStats
 from server.engine.native.runner import Runner
 from server.engine.native.sampler import Sampled
 from server.engine.native.scheduler import Limits, Scheduler
 from server.engine.native.sequence import Phase, Sequence, SequenceGroup
-from steering.decision import SteeringDecision
 
-Result = TokenEvent | SteeringDecision | Exception
 Results = list[tuple[SequenceGroup, Result]]
+Kind = Literal["entering", "prefill", "decode"]
+Found = TypeVar("Found")
+MAX_FAILED_PASSES = 8  # of one kind, one after the other
+logger = logging.getLogger(__name__)
 
 
 class EngineCore:
     """The scheduler and the runner together. `add`, `abort` and `step` are called from one thread.
+
+    What a pass raises ends the requests that were in it, and the others go on, where `still_sound` is given and says that the
+    model is what it was: slots and blocks are taken back, and what is kept of finished prompts, which the pass may have left
+    half written, is dropped. Where the model is not, or one kind of pass does nothing but fail, or anything else fails, `step` raises, and
+    the core must not be used any more. Without `still_sound` every failure is raised.
 
     Args:
         max_model_len: prompt and completion tokens together.
@@ -43,6 +55,8 @@ class EngineCore:
         self.runner = runner
         self.scheduler = Scheduler(limits, runner.cache.reserve, runner.cache.release)
         self.max_model_len = max_model_len
+        self.still_sound: Callable[[], bool] | None = None
+        self._failed_passes: Counter[Kind] = Counter()
         self._observer = observer
         self._results: Results = []
 
@@ -63,18 +77,40 @@ class EngineCore:
         """Chunks of prompts, and one token for everyone who is generating. Returns what to tell whom."""
         decoding = self.scheduler.decoding()
         for sequence in self.scheduler.admit():
-            self.runner.enter(sequence, 0)
+            self._pass("entering", [sequence], partial(self.runner.enter, sequence, 0))
         for segment in range(len(self.runner.segments)):
             chunks = self.scheduler.chunks(segment)
             if chunks:
-                prefilled = self.runner.prefill(segment, chunks)
-                for group in prefilled.decided:
-                    self._decide(group)
-                self._append(prefilled.sampled)
+                sequences = [chunk.sequence for chunk in chunks]
+                prefilled = self._pass("prefill", sequences, partial(self.runner.prefill, segment, chunks))
+                if prefilled is not None:
+                    for group in prefilled.decided:
+                        self._decide(group)
+                    self._append(prefilled.sampled)
         if decoding := [s for s in decoding if s.phase is Phase.DECODE]:  # a failed prefill ends its siblings
-            self._append(self.runner.decode(decoding))
+            self._append(self._pass("decode", decoding, partial(self.runner.decode, decoding)) or [])
         results, self._results = self._results, []
         return results
+
+    def _pass(self, kind: Kind, sequences: Seq[Sequence], run: Callable[[], Found]) -> Found | None:
+        """What `run` gives; None where it failed and the requests of its sequences are ended."""
+        try:
+            found = run()
+        except Exception as error:
+            if self.still_sound is None:
+                raise
+            logger.exception("a pass failed (%s, %d sequences)", kind, len(sequences))
+            self._failed_passes[kind] += 1
+            for group in dict.fromkeys(sequence.group for sequence in sequences):
+                self._fail(
+                    group, GenerationError(f"the server failed at this request ({_named(error)})", "pass_failed")
+                )
+            self.runner.forget()
+            if self._failed_passes[kind] >= MAX_FAILED_PASSES or not self.still_sound():
+                raise
+            return None
+        self._failed_passes[kind] = 0
+        return found
 
     def run(
         self, requests: Seq[GenerationRequest], on_result: Callable[[Result], None] = lambda _: None
@@ -149,6 +185,10 @@ class EngineCore:
             except GenerationError as error:
                 self._fail(group, error)
                 continue
+            except Exception as error:  # the grammar engine's own: its state is this completion's alone
+                logger.exception("a grammar failed")
+                self._fail(group, GenerationError(f"the grammar failed ({_named(error)})", "grammar_failed"))
+                continue
             options = sequence.request.sampling
             sequence.token_ids.append(sampled.token_id)
             full = len(sequence.token_ids) >= self.max_model_len
@@ -165,6 +205,11 @@ class EngineCore:
         """End one request with an error."""
         self.scheduler.abort(group)
         self._results.append((group, error))
+
+
+def _named(error: Exception) -> str:
+    """Its kind; what it says is for the log."""
+    return type(error).__name__
 
 
 def _announce(group: SequenceGroup, event: TokenEvent) -> TokenEvent:

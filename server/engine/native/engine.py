@@ -23,15 +23,18 @@ from server.engine.base import (
     EngineObserver,
     EngineOverloadedError,
     EngineStats,
+    EngineStoppedError,
     GenerationError,
     GenerationRequest,
     PromptTooLongError,
     TokenEvent,
 )
 from server.engine.native.build import EngineOptions, build_core
-from server.engine.native.core import Results
+from server.engine.native.core import Result, Results
 from server.engine.native.decoder import Decoder
+from server.engine.native.inbox import Inbox
 from server.engine.native.live_profiles import LiveProfiles
+from server.engine.native.probe import Probe
 from server.engine.native.sequence import SequenceGroup
 from steering.decision import SteeringDecision, SteeringOptions
 from steering.errors import ProfileError
@@ -39,6 +42,8 @@ from steering.manifest import ProfileManifest
 from steering.profile import SteeringProfile
 
 logger = logging.getLogger(__name__)
+STOPPED = "the server is shutting down"
+STOP_WITHIN_S = 10.0  # a step that takes longer has hung
 RETIRE_AFTER_S = 30.0  # how long requests may still begin with a version that was replaced or unloaded
 
 
@@ -65,6 +70,8 @@ class NativeEngine(Engine):
     ) -> None:
         options = options or EngineOptions()
         self._core, memory = build_core(decoder, model, profiles, options, observer)
+        self._core.still_sound = Probe(decoder).holds
+        self._max_queued = options.max_num_seqs + options.max_waiting
         self.info = EngineInfo(
             engine="native",
             model=model_name,
@@ -85,6 +92,7 @@ class NativeEngine(Engine):
         self._versions = {(profile.name, profile.version) for profile in profiles}  # that requests may begin with
         self._changing = asyncio.Lock()
         self._awaited: set[concurrent.futures.Future[None]] = set()
+        self._open: set[Inbox] = set()  # of requests that somebody waits for
         self._commands: queue.SimpleQueue[tuple[Callable[[Any], None], Any]] = queue.SimpleQueue()
         self._stats = EngineStats()
         self._failure: str | None = None
@@ -114,32 +122,34 @@ class NativeEngine(Engine):
     async def stop(self) -> None:
         if self._thread is not None:
             self._commands.put((self._take_stop, None))
-            await asyncio.to_thread(self._thread.join)
+            await asyncio.to_thread(self._thread.join, STOP_WITHIN_S)
+            if self._thread.is_alive():
+                logger.error("the engine does not end its step; it is left alone")
+                self._failure = self._failure or STOPPED
+                self._end_open(self._failure)
             self._thread = None
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
-        group, results = self._submit(request)
+        group, inbox = self._submit(request)
         unfinished = request.n
         try:
             while unfinished:
-                event = await results.get()
-                if isinstance(event, Exception):
-                    raise event
+                event = await inbox.get()
                 unfinished -= event.finish_reason is not None
                 yield event
         finally:
+            self._open.discard(inbox)
             if unfinished:
                 self._commands.put((self._take_abort, group))
 
     async def score(self, request: GenerationRequest) -> SteeringDecision:
-        group, results = self._submit(request, score_only=True)
+        group, inbox = self._submit(request, score_only=True)
         decision = None
         try:
-            decision = await results.get()
-            if isinstance(decision, Exception):
-                raise decision
+            decision = await inbox.get()
             return decision
         finally:
+            self._open.discard(inbox)
             if decision is None:
                 self._commands.put((self._take_abort, group))
 
@@ -179,8 +189,7 @@ class NativeEngine(Engine):
 
     async def _on_thread(self, work: Callable[[Any], None], argument: Any) -> None:
         """Have the engine's thread do something between two steps; raises what it raises."""
-        if self._failure is not None or self._thread is None:
-            raise EngineDeadError(self._failure or "the engine is not running")
+        self._check_alive()
         done: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._awaited.add(done)
         done.add_done_callback(self._awaited.discard)
@@ -193,16 +202,19 @@ class NativeEngine(Engine):
                     done.set_exception(error)
 
         self._commands.put((command, argument))
-        if self._failure is not None:  # it failed in between: nobody will read that command
-            raise EngineDeadError(self._failure)
+        self._check_alive()  # if it failed in between, nobody will read that command
         await asyncio.wrap_future(done)
 
     def stats(self) -> EngineStats:
         return self._stats
 
-    def _submit(self, request: GenerationRequest, *, score_only: bool = False) -> tuple[SequenceGroup, asyncio.Queue]:
+    def _check_alive(self) -> None:
+        """Raise EngineDeadError unless it runs."""
         if self._failure is not None or self._thread is None:
-            raise EngineDeadError(self._failure or "the engine is not running")
+            raise _dead(self._failure or "the engine is not running")
+
+    def _submit(self, request: GenerationRequest, *, score_only: bool = False) -> tuple[SequenceGroup, Inbox]:
+        self._check_alive()
         if len(request.prompt_token_ids) >= self.info.max_model_len:
             raise PromptTooLongError(
                 f"the prompt has {len(request.prompt_token_ids)} tokens; the limit is {self.info.max_model_len - 1}, "
@@ -216,13 +228,22 @@ class NativeEngine(Engine):
                 "this server has memory for; ask for fewer at once",
                 "n_too_large",
             )
+        if (
+            self._commands.qsize() + self._stats.num_waiting >= self._max_queued
+        ):  # the scheduler counts once its step is done
+            raise EngineOverloadedError("too many requests are waiting already; try again later")
         request = replace(request, steering=self._pinned(request.steering))
-        results: asyncio.Queue = asyncio.Queue()
-        group = SequenceGroup.of(request, results.put_nowait, score_only=score_only)
+        inbox = Inbox()
+
+        def deliver(result: Result) -> None:
+            if not inbox.put(result):
+                self._commands.put((self._take_abort, group))
+
+        group = SequenceGroup.of(request, deliver, score_only=score_only)
         self._commands.put((self._take_request, group))
-        if self._failure is not None:  # it failed in between: nobody will read that command
-            raise EngineDeadError(self._failure)
-        return group, results
+        self._check_alive()  # if it failed in between, nobody will read that command
+        self._open.add(inbox)
+        return group, inbox
 
     def _pinned(self, steering: SteeringOptions) -> SteeringOptions:
         """The same with each profile's version named: the one that is loaded, where the request names none."""
@@ -246,8 +267,10 @@ class NativeEngine(Engine):
                     self._hand_out(self._core.step())
                     if self._live is not None and self._live.retired:
                         self._live.sweep()
-            self._fail_all("the engine was stopped")
-        except Exception as error:  # the thread's edge: whatever it is, nothing more can be served
+            self._fail_all(STOPPED)
+            for group in self._core.scheduler.groups:
+                self._core.abort(group)
+        except BaseException as error:  # the thread's edge: whatever it is, nothing more can be served
             logger.exception("the engine failed")
             self._fail_all(f"the engine failed ({type(error).__name__}: {error}); the process must be restarted")
 
@@ -274,23 +297,27 @@ class NativeEngine(Engine):
         self._stopping = True
 
     def _fail_all(self, message: str) -> None:
-        """End every request that was taken, and take no more."""
+        """End every request, and take no more. Asks nothing of the core, whose state may be anything."""
         self._failure = message
-        groups = self._core.scheduler.groups
-        while not self._commands.empty():
-            command, argument = self._commands.get()
-            if command == self._take_request:
-                groups.append(argument)
-        for group in groups:
-            self._core.abort(group)
-        self._hand_out([(group, EngineDeadError(message)) for group in groups])
+        self._stats = replace(self._stats, num_running=0, num_waiting=0, kv_cache_usage=0.0)
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._end_open, message)
+
+    def _end_open(self, message: str) -> None:
+        """On the event loop: whoever waits for the engine need wait no more."""
+        for inbox in self._open:
+            inbox.fail(_dead(message))
         for done in list(self._awaited):
-            done.set_exception(EngineDeadError(message))
+            done.set_exception(_dead(message))
 
     def _hand_out(self, results: Results) -> None:
         self._stats = self._core.stats()
         if results and self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(_deliver, results)
+
+
+def _dead(message: str) -> EngineDeadError:
+    return EngineStoppedError(message) if message == STOPPED else EngineDeadError(message)
 
 
 def _deliver(results: Results) -> None:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from server.engine.base import EngineObserver
@@ -22,6 +23,7 @@ from steering.profile import SteeringProfile
 
 logger = logging.getLogger(__name__)
 DEFAULT_MAX_MODEL_LEN = 4096
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -44,7 +46,7 @@ def load_engine(
         model: a folder or a hub id.
         profiles: name → folder or hub id, in the order in which they are to be listed.
         dtype: "auto" (the checkpoint's; on a CPU float32 for float16, and for bfloat16 where the processor has no kernels for
-            it), or a torch dtype's name.
+            it), float32, bfloat16 or float16.
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", …
         max_model_len: default: the model's own limit, at most 4096.
         num_threads: torch's CPU threads; default torch's.
@@ -88,15 +90,30 @@ def load_model(
         config = AutoConfig.from_pretrained(model)
         if isinstance(device_map, dict):
             check_device_map(device_map, config, _device)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            model, config=config, dtype=_dtype(dtype, config, place), device_map=device_map
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            model,
+            config=config,
+            dtype=_dtype(dtype, config, place),
+            device_map=device_map,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
+        loaded = (loaded.to(place) if device_map is None else loaded).eval()
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(
             f"cannot load model {model!r}: {str(error).splitlines()[0]} Give a folder with config.json and "
             "safetensors weights, or a hub id of a decoder-only transformers model."
         ) from error
-    loaded = (loaded.to(place) if device_map is None else loaded).eval()
+    except RuntimeError as error:
+        if "mismatched" in str(error):
+            raise ModelError(
+                f"cannot load model {model!r}: its weights have other shapes than its config.json says."
+            ) from error
+        raise
+    if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers
+        raise ModelError(
+            f"cannot load model {model!r}: {len(missing)} of its tensors are not in its files, {missing[0]} among them. "
+            "Get the checkpoint again."
+        )
     decoder_layers(loaded)
     return loaded
 
@@ -124,6 +141,10 @@ def make_decoder(
     if compiled:
         _check_compiler(model)
     wanted = reference_logits(model)
+    if not wanted.isfinite().all():
+        raise ModelError(
+            f"{name}: this checkpoint gives logits that are not finite. Its weights are damaged, or need another --dtype."
+        )
     if text_config(model).model_type in FAMILIES:
         decoder: Decoder = FusedDecoder(model, max_len, compiled=compiled)
         error = decoder_error(decoder, wanted)
@@ -166,8 +187,8 @@ def _device(device: str) -> torch.device:
         place = torch.device(device)
     except RuntimeError as error:
         raise ModelError(f"--device {device!r} is no device; use auto, cpu, cuda or cuda:N.") from error
-    if place.type == "meta":
-        raise ModelError(f"--device {device!r} holds no weights; use auto, cpu, cuda or cuda:N.")
+    if place.type not in ("cpu", "cuda"):
+        raise ModelError(f"--device {device!r} is not served; use auto, cpu, cuda or cuda:N.")
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"--device {device}: torch {torch.__version__} sees no CUDA device here; use cpu.")
     return place
@@ -175,10 +196,9 @@ def _device(device: str) -> torch.device:
 
 def _dtype(dtype: str, config, place: torch.device) -> torch.dtype:
     if dtype != "auto":
-        found = getattr(torch, dtype, None)
-        if not isinstance(found, torch.dtype) or not found.is_floating_point:
-            raise ModelError(f"--dtype {dtype!r} is no floating-point dtype; use auto, float32, bfloat16 or float16.")
-        return found
+        if dtype not in DTYPES:
+            raise ModelError(f"--dtype {dtype!r} is not served; use auto, float32, bfloat16 or float16.")
+        return DTYPES[dtype]
     stored = config.dtype or torch.float32
     slow = stored == torch.float16 or (stored == torch.bfloat16 and not _bfloat16_is_fast())
     return torch.float32 if place.type == "cpu" and slow else stored

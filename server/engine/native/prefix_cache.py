@@ -41,6 +41,7 @@ class PrefixCache:
     def __init__(self, cache: KVCache, segments: Sequence[range], num_blocks: int) -> None:
         self.stats = PrefixCacheStats()
         self._cache = cache
+        self._num_blocks = num_blocks
         self._indexes = [BlockIndex(num_blocks) for _ in segments]
         self._pools: list[list[Tensor]] = []  # of each segment, those of the KV cache
         for number, layers in enumerate(segments):
@@ -58,6 +59,10 @@ class PrefixCache:
         """Share of the blocks that hold something, 0 to 1."""
         total = sum(index.num_blocks for index in self._indexes)
         return sum(map(len, self._indexes)) / total if total else 0.0
+
+    def clear(self) -> None:
+        """Forget everything that is cached."""
+        self._indexes = [BlockIndex(self._num_blocks) for _ in self._indexes]
 
     def load(self, sequence: RunningSequence, segment: int) -> int:
         """Copy what is cached of a sequence's tokens into its slot; returns how many tokens that were.

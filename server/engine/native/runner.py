@@ -83,6 +83,11 @@ class Runner:
         if self._graphed is not None:
             self.record_graphs()
 
+    def forget(self) -> None:
+        """Drop what was kept of finished prompts: a pass that failed may have left it half written."""
+        self.prefix_cache.clear()
+        self._readings.clear()
+
     def enter(self, sequence: Sequence, segment: int) -> None:
         """Put a sequence at the start of a segment; what is cached of it counts as done.
 

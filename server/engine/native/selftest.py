@@ -81,11 +81,15 @@ def check_steering(decoder: Decoder, model: PreTrainedModel, profiles: list[Stee
         strength = 4 * (profile.manifest.strength or 1.0)  # coarse dtypes must show it
         shut = _generate(core, (ProfileActivation(profile.name, 0.0, gate="open"),))
         steered = _generate(core, (ProfileActivation(profile.name, strength, gate="open"),))
+        if _failed(steered):  # a coarse dtype may not hold four times as much
+            steered = _generate(core, (ProfileActivation(profile.name, profile.manifest.strength, gate="open"),))
         alone = number >= len(profiles)
         if steered == plain and (raised := _raised_strength(core, profile, alone)) is not None:
             steered = _generate(core, (ProfileActivation(profile.name, raised, gate="open"),))
-        if shut != plain or steered == plain:
+        if shut != plain or steered == plain or _failed(steered):
             what = "at strength 0 it changes answers" if shut != plain else "it changes nothing"
+            if shut == plain and _failed(steered):
+                what = f"at its own strength, {steered[-1]}"
             raise ProfileError(
                 f"profile {profile.name!r} does not steer this model as it should: {what}. Train it again at another layer, or "
                 "report the model's architecture."
@@ -117,6 +121,10 @@ def _raised_strength(core: EngineCore, profile: SteeringProfile, alone: bool) ->
     first = _run(core, (ProfileActivation(profile.name, strength, gate="open"),))[0]
     dose = first.decision.profiles[0].relative_norm if isinstance(first, TokenEvent) and first.decision else 0.0
     return strength * wanted / dose if dose > 0 else None
+
+
+def _failed(generated: list[object]) -> bool:
+    return any(isinstance(item, str) for item in generated)
 
 
 def _generate(core: EngineCore, activations: tuple[ProfileActivation, ...]) -> list[object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from server.engine.base import GenerationError, GrammarState
+
+logger = logging.getLogger(__name__)
 
 
 def constrain(logits: Tensor, grammars: Mapping[int, GrammarState]) -> dict[int, GenerationError]:
@@ -25,6 +28,9 @@ def constrain(logits: Tensor, grammars: Mapping[int, GrammarState]) -> dict[int,
             words[row] = grammar.mask()
         except GenerationError as error:
             failures[row] = error
+        except Exception as error:  # the grammar engine's own: one row's grammar must not end the others' pass
+            logger.exception("a grammar failed")
+            failures[row] = GenerationError(f"the grammar failed ({type(error).__name__})", "grammar_failed")
     if words:
         banned = unpack(~np.stack(list(words.values())), logits.shape[-1], logits.device)
         for row, bans in zip(words, banned, strict=True):
