@@ -68,7 +68,7 @@ class ProfileDecision:
 
     `fired` means gate > 0; `applied` means the numbers were changed. `relative_norm` = |λ|·g·‖v‖/‖h_q‖, the dose.
     `energy_ratio`, `threshold` and `tail` are None where the profile's gate has none; `routing` and `residual_norm`
-    where its experts have none.
+    where its experts have none. `calibration_rank`: see `QuantileGate.calibration_rank`; for the operator only.
     """
 
     name: str
@@ -89,6 +89,7 @@ class ProfileDecision:
     tail: float | None = None
     routing: tuple[float, ...] | None = None
     residual_norm: float | None = None
+    calibration_rank: float | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ def decide_profile(
     tail: float | None = None,
     routing: tuple[float, ...] | None = None,
     residual_norm: float | None = None,
+    calibration_rank: float | None = None,
 ) -> ProfileDecision:
     """Name what happened to one profile from the numbers that its gate and experts computed.
 
@@ -158,6 +160,7 @@ def decide_profile(
         tail=tail,
         routing=routing,
         residual_norm=residual_norm,
+        calibration_rank=calibration_rank,
     )
 
 

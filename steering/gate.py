@@ -7,7 +7,9 @@ of host synchronisation.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -90,6 +92,21 @@ class QuantileGate(Operator):
         gate = torch.where(ratio >= self.threshold, 1.0, soft)
         gate = torch.where(gate < self.floor, 0.0, gate)
         return torch.where(ratio.isnan(), ratio, gate)
+
+    def calibration_rank(self, ratio: float) -> float | None:
+        """Of the calibration's ratios that reach the threshold, the share below `ratio`; None where `ratio` does not reach it
+        or is NaN.
+
+        Uniform over [0, 1], with mean 1/2, where the queries that open the gate fully are exchangeable with the calibration's.
+        Computed on the host: it waits for the device the first time only.
+        """
+        reaching = self._reaching
+        return bisect_left(reaching, ratio) / len(reaching) if ratio >= reaching[0] else None
+
+    @cached_property
+    def _reaching(self) -> list[float]:
+        """The calibration's ratios from the threshold up, ascending; never empty."""
+        return self.calibration[self.calibration >= self.threshold].tolist()
 
 
 def condition_similarity(states: Tensor, condition: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from steering.architecture import text_config
 from steering.decision import ProfileActivation, ProfileDecision, SteeringOptions, decide_profile
+from steering.gate import QuantileGate
 from steering.profile import SteeringProfile
 
 _FORCED = {"auto": math.nan, "open": 1.0, "closed": 0.0}
@@ -178,6 +179,7 @@ def _decision(profile: SteeringProfile, activation: ProfileActivation, numbers: 
         tail=spec.tail,
         routing=tuple(routing) or None,
         residual_norm=residual_norm if routing else None,
+        calibration_rank=profile.gate.calibration_rank(ratio) if isinstance(profile.gate, QuantileGate) else None,
     )
 
 

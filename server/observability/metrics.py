@@ -39,7 +39,7 @@ REQUEST_BUCKETS = (
 UNIT_BUCKETS = tuple(i / 20 for i in range(1, 21))
 GATE_BUCKETS = (0.0, 0.001, *UNIT_BUCKETS)
 STRENGTH_BUCKETS = (0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8, 10, 15, 20)
-DOSE_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 1.5, 2, 5)
+DOSE_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 1, 1.5, 2, 5)  # 0.7: an alert's limit
 ENTROPY_BUCKETS = (0.1, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 2.25, 2.5, 3)
 COMPUTE_BUCKETS = (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1)
 
@@ -252,6 +252,12 @@ class _ProfileFamilies:
         self.fired = counter("gate_fired", "Decisions with gate > 0.")
         self.gate = histogram("gate_value", "g, per decision.", GATE_BUCKETS)
         self.energy_ratio = histogram("energy_ratio", "Subspace energy ratio of the query state.", UNIT_BUCKETS)
+        self.calibration_rank = histogram(
+            "calibration_rank",
+            "Of the gate's calibration queries that open it fully, the share with a lower energy ratio, per decision that "
+            "reaches the threshold: evenly spread, with mean 0.5, while traffic is like the calibration.",
+            UNIT_BUCKETS,
+        )
         self.threshold = gauge(
             "gate_threshold", "What opens the gate fully: an energy ratio, or a cosine gate's cosine."
         )
@@ -277,6 +283,7 @@ class _ProfileMetrics:
         self._fired = family.fired.labels(profile=name)
         self._gate = family.gate.labels(profile=name)
         self._energy_ratio = family.energy_ratio.labels(profile=name)
+        self._calibration_rank = family.calibration_rank.labels(profile=name)
         self._skipped = {reason: family.skipped.labels(profile=name, reason=reason) for reason in SKIP_REASONS}
         self._strength = {source: family.strength.labels(profile=name, source=source) for source in SOURCES}
         self._relative_norm = family.relative_norm.labels(profile=name)
@@ -310,6 +317,8 @@ class _ProfileMetrics:
         self._strength[decision.strength_source].observe(abs(decision.strength))
         if decision.energy_ratio is not None:
             self._energy_ratio.observe(decision.energy_ratio)
+        if decision.calibration_rank is not None:
+            self._calibration_rank.observe(decision.calibration_rank)
         if decision.applied:
             self._relative_norm.observe(decision.relative_norm)
         else:

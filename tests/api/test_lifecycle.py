@@ -7,6 +7,7 @@ import json
 import time
 
 import pytest
+from safetensors.torch import load_file
 
 from server.answers.generation import collect
 from server.errors import InternalError
@@ -191,7 +192,7 @@ async def test_series_exist_from_start_up(artifacts):
         assert set(samples(await metrics_of(served))) == before
 
 
-async def test_metrics_count_what_the_responses_say(served, oracle):
+async def test_metrics_count_what_the_responses_say(served, oracle, artifacts):
     answers = [(await served.chat(text, steer_metadata="full")).json() for text in (*FIRING, *CALM)]
     streamed = chunks((await served.chat(FIRING[0], stream=True, steer_metadata="full", steer_strength=3)).text)
     await served.chat(FIRING[0], model="tiny:unsteered")
@@ -208,6 +209,12 @@ async def test_metrics_count_what_the_responses_say(served, oracle):
     assert of("steering_skipped_total", reason="gate_closed") == 4
     assert sample(text, "steering_skipped_total", profile="", reason="opted_out") == 1
     assert of("energy_ratio_sum") == pytest.approx(sum(report["energy_ratio"] for report in reports), rel=1e-4)
+    calibration = load_file(artifacts.safety / "profile.safetensors")["gate.calibration"].tolist()
+    reaching = [ratio for ratio in calibration if ratio >= reports[0]["threshold"] - 1e-6]
+    open_ones = [report["energy_ratio"] for report in reports if report["energy_ratio"] >= report["threshold"]]
+    assert of("calibration_rank_count") == len(open_ones) > 0
+    ranks = [sum(ratio < mine - 1e-6 for ratio in reaching) / len(reaching) for mine in open_ones]
+    assert of("calibration_rank_sum") == pytest.approx(sum(ranks))
     assert of("gate_value_sum") == pytest.approx(sum(report["gate"] for report in reports), rel=1e-4)
     weights = [sum(report["routing"][i] for report in reports) for i in range(3)]
     assert [of("expert_weight_total", expert=str(i)) for i in range(3)] == pytest.approx(weights, abs=1e-3)

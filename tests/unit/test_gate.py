@@ -168,6 +168,28 @@ def test_of_exchangeable_queries_at_most_epsilon_miss_and_of_shifted_ones_more()
     assert np.mean(shifted) > 0.15
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(0, 1, width=32), min_size=2, max_size=60), st.floats(0, 1, width=32), st.floats(0.02, 0.9))
+def test_calibration_rank_equals_the_slow_definition(calibration, ratio, tail):
+    gate = gate_of(calibration, tail)
+    reaching = [c for c in calibration if c >= gate.threshold]
+    wanted = sum(c < ratio for c in reaching) / len(reaching) if ratio >= gate.threshold else None
+    assert gate.calibration_rank(ratio) == wanted
+    assert gate.calibration_rank(float("nan")) is None
+
+
+def test_calibration_ranks_are_uniform_for_exchangeable_queries_and_not_for_shifted_ones():
+    """A theorem over the draws of calibration and query; the negative controls are traffic nearer and farther."""
+    rng, ranks = np.random.default_rng(0), {"same": [], "nearer": [], "farther": []}
+    for _ in range(400):
+        gate = gate_of(rng.beta(5, 2, 60), tail=0.1)
+        for name, drawn_ratios in (("same", (5, 2)), ("nearer", (4, 3)), ("farther", (8, 2))):
+            ranks[name] += [r for s in rng.beta(*drawn_ratios, 20) if (r := gate.calibration_rank(s)) is not None]
+    shares = np.histogram(ranks["same"], bins=5, range=(0, 1))[0] / len(ranks["same"])
+    assert np.mean(ranks["same"]) == pytest.approx(0.5, abs=0.02) and shares == pytest.approx(0.2, abs=0.03)
+    assert np.mean(ranks["nearer"]) < 0.4 and np.mean(ranks["farther"]) > 0.6
+
+
 def planted(seed, count, direction_scale):
     """IR states vary in 3 of D directions; general ones in all of them."""
     basis = orthonormal(9, 3)
