@@ -114,6 +114,14 @@ class EngineUnavailableError(ApiError):
     retry_after_s = 1.0
 
 
+class AuditUnavailableError(ApiError):
+    """Answers must be audited, and cannot be for now."""
+
+    status = 503
+    code = "audit_log_unavailable"
+    retry_after_s = 10.0
+
+
 class InternalError(ApiError):
     """A defect of ours, or a generation that failed alone."""
 

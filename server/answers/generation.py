@@ -7,7 +7,15 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from server.engine.base import Engine, EngineError, FinishReason, GenerationRequest, TokenEvent, TokenLogprobs
+from server.engine.base import (
+    Engine,
+    EngineError,
+    FinishReason,
+    GenerationError,
+    GenerationRequest,
+    TokenEvent,
+    TokenLogprobs,
+)
 from server.observability.metrics import Metrics
 from server.prompting.detokenizer import TextStream, TokenBytes
 from steering.decision import SteeringDecision
@@ -48,6 +56,7 @@ class Generation:
     Attributes:
         token_ids: of each completion so far, with the one that ended it.
         prompt_logprobs, cached_tokens: as the engine's first event tells them.
+        finish_reasons: of each completion; at the end of those that did not finish `abort` or `error`.
     """
 
     def __init__(
@@ -67,6 +76,7 @@ class Generation:
         self.token_ids: list[list[int]] = [[] for _ in range(request.n)]
         self.prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
         self.cached_tokens = 0
+        self.finish_reasons: list[str | None] = [None] * request.n
         self._logprob_sums = [0.0] * request.n
         self._silent, self._note_ends = silent, note_ends
         self._metrics = metrics
@@ -79,7 +89,7 @@ class Generation:
         self._begun_s = time.perf_counter()
         self._first_token_s: float | None = None
         self._last_token_s: dict[int, float] = {}
-        self._finished: set[int] = set()
+        self._unfinished = request.n
         self._failed = self._closed = False
 
     @property
@@ -99,8 +109,10 @@ class Generation:
         """Wait until the prompt is prefilled and steering has decided. Raises the engine's errors."""
         try:
             self._first = await anext(self._events)
-        except EngineError:
+        except EngineError as error:
             self._failed = True
+            if isinstance(error, GenerationError):
+                self.decision = error.decision
             raise
         assert self._first.decision is not None, "an engine's first event carries the decision"
         self.decision = self._first.decision
@@ -113,13 +125,13 @@ class Generation:
         """The completions' texts as they grow, interleaved, until each has had its `finish_reason`."""
         assert self._first is not None, "start first"
         yield self._delta(self._first)
-        while len(self._finished) < self.request.n:
+        while self._unfinished:
             try:
                 event = await anext(self._events)
             except EngineError:
                 self._failed = True
                 raise
-            if event.index not in self._finished:
+            if self.finish_reasons[event.index] is None:
                 yield self._delta(event)
 
     async def aclose(self) -> None:
@@ -128,16 +140,18 @@ class Generation:
             return
         self._closed = True
         await self._events.aclose()
-        for _ in range(self.request.n - len(self._finished)):
-            self._metrics.completion_ended("error" if self._failed else "abort")
-        if self.decision is not None and self._first_token_s is not None:
-            now = time.perf_counter()
+        for index, reason in enumerate(self.finish_reasons):
+            if reason is None:
+                self.finish_reasons[index] = reason = "error" if self._failed else "abort"
+                self._metrics.completion_ended(reason)
+        if self._first is not None and self.decision is not None and self._first_token_s is not None:
             self._metrics.request_ended(
                 self.request,
                 self.decision,
-                completion_tokens=self.completion_tokens,
-                total_s=now - self._begun_s,
-                decode_s=now - self._first_token_s,
+                completion_lengths=[len(tokens) for tokens in self.token_ids],
+                queue_s=self._first.queue_s,
+                first_token_s=self._first_token_s - self._begun_s,
+                decode_s=time.perf_counter() - self._first_token_s,
             )
 
     def _delta(self, event: TokenEvent) -> TextDelta:
@@ -166,7 +180,8 @@ class Generation:
     def _ended(self, delta: TextDelta) -> TextDelta:
         """Take note of a completion's end, if this is one."""
         if delta.finish_reason is not None:
-            self._finished.add(delta.index)
+            self.finish_reasons[delta.index] = delta.finish_reason
+            self._unfinished -= 1
             self._metrics.completion_ended(delta.finish_reason)
         return delta
 

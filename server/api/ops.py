@@ -9,7 +9,7 @@ from fastapi.responses import PlainTextResponse
 
 from server.api.dependencies import ServiceDep
 from server.api.documentation import documented, refusals
-from server.errors import EngineUnavailableError
+from server.errors import AuditUnavailableError, EngineUnavailableError
 from server.wire.ops import Health, Versions
 
 router = APIRouter(tags=["Operations"])
@@ -26,7 +26,10 @@ async def health(service: ServiceDep) -> Response:
 
 @router.get("/ready", **documented(Health, (405, 500, 503)))
 async def ready(service: ServiceDep) -> Response:
-    """Ready for traffic. The port opens after loading is done, so this differs from `/health` in name only, by design."""
+    """Ready for traffic. The port opens after loading is done, so what this adds to `/health` is an audit log that
+    is required and cannot be written."""
+    if service.audit is not None and (refusal := service.audit.refusal) is not None:
+        raise AuditUnavailableError(f"Nothing is answered while {refusal}.")
     return await health(service)
 
 
