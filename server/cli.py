@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import secrets
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from server import lab
+from server.access.keys import digest
 from server.config import ConfigError, ServerConfig
 from server.listen import listen
 
@@ -99,6 +102,12 @@ def serve(
         bool, typer.Option("--allow-no-key", help="Listen beyond this machine without asking for a key.")
     ] = False,
     guard_metrics: Annotated[bool, typer.Option("--guard-metrics", help="Ask for a key at /metrics too.")] = False,
+    isolate_keys: Annotated[
+        bool,
+        typer.Option(
+            "--isolate-keys", help="Share nothing of the prefix cache between keys: its speed tells of others."
+        ),
+    ] = False,
     cors_origin: Annotated[
         list[str] | None,
         typer.Option(metavar="ORIGIN", help="Let pages from there call the API, * for any; repeatable. Default: none."),
@@ -138,6 +147,7 @@ def serve(
             api_keys_file=api_keys_file,
             admin_key=admin_key,
             guard_metrics=guard_metrics,
+            isolate_keys=isolate_keys,
             allow_no_key=allow_no_key,
             cors_origins=cors_origin or (),
             host=host,
@@ -171,6 +181,14 @@ def serve(
         run(config, listener)
     except ConfigError as error:
         raise fail(str(error)) from error
+
+
+@app.command()
+def key(name: Annotated[str, typer.Argument(help="Whose key it is, for the log.")] = "client") -> None:
+    """Make an API key: prints it, for the client, and its entry for --api-keys-file, which holds its hash alone."""
+    made = f"fs-{secrets.token_urlsafe(32)}"
+    typer.echo(made)
+    typer.echo(json.dumps({"name": name, "sha256": digest(made)}))
 
 
 def fail(message: str) -> typer.Exit:

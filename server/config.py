@@ -80,6 +80,8 @@ class ServerConfig:
                 raise ConfigError(f"--{option.replace('_', '-')} {value} must be at least 1.")
         if self.tool_format is not None and self.tool_format not in FORMATS:
             raise ConfigError(f"--tool-format {self.tool_format!r} is not known; there are {', '.join(FORMATS)}.")
+        if self.access.isolate_keys and len(self.access.api_keys) < 2:
+            raise ConfigError("--isolate-keys: there are no two API keys to keep apart; give them in --api-keys-file.")
         if not (self.access.api_keys or self.allow_no_key or _is_loopback(self.host)):
             raise ConfigError(
                 f"--host {self.host} without an API key: whoever reaches this machine could use the server. "
@@ -122,6 +124,7 @@ class ServerConfig:
         api_keys_file: Path | None = None,
         admin_key: str | None = None,
         guard_metrics: bool = False,
+        isolate_keys: bool = False,
         cors_origins: Iterable[str] = (),
         kv_cache_memory: str | None = None,
         prefix_cache_memory: str | None = None,
@@ -163,7 +166,9 @@ class ServerConfig:
             kv_cache_memory=_size("--kv-cache-memory", kv_cache_memory),
             prefix_cache_memory=_size("--prefix-cache-memory", prefix_cache_memory),
             responses_memory=_size("--responses-memory", responses_memory),
-            access=_access(api_keys, api_keys_file, admin_key, guard_metrics, environ),
+            access=replace(
+                _access(api_keys, api_keys_file, admin_key, guard_metrics, environ), isolate_keys=isolate_keys
+            ),
             cors_origins=tuple(cors_origins),
             **options,
         )

@@ -88,6 +88,7 @@ class Service:
         n: int | None = None,
         prompt_logprobs: int | None = None,
         priority: int | None = None,
+        cache_owner: str = "",
     ) -> GenerationRequest:
         """The engine's request for one prompt.
 
@@ -98,6 +99,7 @@ class Service:
             n: completions to make, if not the fields' n.
             prompt_logprobs: as `SamplingOptions.prompt_logprobs`.
             priority: lower runs earlier (vLLM's meaning, and the engine's); None is 0.
+            cache_owner: see `GenerationRequest`.
         Raises:
             InvalidRequestError.
         """
@@ -124,7 +126,9 @@ class Service:
             grammar=grammar,
             prompt_logprobs=prompt_logprobs,
         )
-        return GenerationRequest(request_id, prompt, sampling, steering, n=n, priority=priority or 0)
+        return GenerationRequest(
+            request_id, prompt, sampling, steering, n=n, priority=priority or 0, cache_owner=cache_owner
+        )
 
     def check_prompt(self, prompt: tuple[int, ...], param: str) -> None:
         """Raise InvalidRequestError unless the prompt has tokens, knows only the model's, and leaves room for one more."""
@@ -156,6 +160,7 @@ class Service:
         param: str,
         prompt_logprobs: int | None = None,
         priority: int | None = None,
+        cache_owner: str = "",
     ) -> Turn:
         """The assistant's turn in a conversation, not yet begun; arguments and errors as for `request`."""
         prompt = await self.prompter.chat(conversation)
@@ -171,6 +176,7 @@ class Service:
             grammar=plan.grammar,
             prompt_logprobs=prompt_logprobs,
             priority=priority,
+            cache_owner=cache_owner,
         )
         return Turn(self.generation(request, fields.stop, plan.markers), plan.new_parser, plan.new_call_id, plan.called)
 

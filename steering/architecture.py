@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -58,9 +60,27 @@ def weight_probe(model: nn.Module) -> Tensor:
 
     Kept as numbers and not as a hash, so that the checkpoint loaded in another dtype still matches, to rounding.
     """
-    weight = model.get_input_embeddings().weight.detach()
-    index = torch.linspace(0, weight.numel() - 1, PROBE_SIZE, dtype=torch.float64).long().to(weight.device)
-    return weight.flatten()[index].float().cpu()
+    embedding = model.get_input_embeddings()
+    with _in_reach(embedding):
+        return _some(embedding.weight, PROBE_SIZE)
+
+
+def _some(weight: Tensor, count: int) -> Tensor:
+    """Evenly spaced values: (count,) float32 on the CPU."""
+    index = torch.linspace(0, weight.numel() - 1, count, dtype=torch.float64).long().to(weight.device)
+    return weight.detach().flatten()[index].float().cpu()
+
+
+@contextmanager
+def _in_reach(module: nn.Module) -> Iterator[None]:
+    """Within it the module's own weights are there, also where a device map left them on disk, or in memory beside a GPU."""
+    if not any(weight.is_meta for weight in module.parameters(recurse=False)):
+        yield
+        return
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module, execution_device="cpu"):
+        yield
 
 
 def probes_match(ours: Tensor, theirs: Tensor) -> bool:
@@ -75,7 +95,10 @@ def model_key(model: nn.Module) -> str:
     """
     digest = hashlib.sha256(f"{config_sha256(model)} {model.dtype}".encode())
     for name, weight in sorted(model.state_dict().items()):
-        if not weight.is_meta:
-            index = torch.linspace(0, weight.numel() - 1, 64, dtype=torch.float64).long().to(weight.device)
-            digest.update(name.encode() + weight.detach().flatten()[index].float().cpu().numpy().tobytes())
+        owner, _, own = name.rpartition(".")
+        module = model.get_submodule(owner) if weight.is_meta else nn.Identity()
+        with _in_reach(module):
+            weight = getattr(module, own) if weight.is_meta else weight
+            if not weight.is_meta:
+                digest.update(name.encode() + _some(weight, 64).numpy().tobytes())
     return digest.hexdigest()

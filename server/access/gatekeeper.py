@@ -8,6 +8,7 @@ from server.access.keys import Access, ApiKey
 from server.access.limits import Usage
 from server.errors import AuthenticationError, ForbiddenError
 
+OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"})
 ADMIN_PATHS = frozenset({"/v1/steering/profiles/load", "/v1/steering/profiles/unload", "/v1/steering/defaults"})
 
 
@@ -34,8 +35,9 @@ class Gatekeeper:
         key = _bearer(authorization)
         if path in ADMIN_PATHS:
             return self._administrator(key)
-        guarded = path.startswith("/v1/") or (path == "/metrics" and self._access.guard_metrics)
-        if not guarded or not (self._access.api_keys or path == "/metrics"):
+        if path in OPEN_PATHS or (path == "/metrics" and not self._access.guard_metrics):
+            return None
+        if not self._access.api_keys and path != "/metrics":
             return None
         if self._access.administers(key):
             return Visitor("admin")

@@ -34,12 +34,14 @@ class ApiKey:
 class Access:
     """Whom the server answers. Without `api_keys` anyone; without `admin_sha256` nobody administers it.
 
-    `guard_metrics`: `/metrics` wants a key too.
+    `guard_metrics`: `/metrics` wants a key too. `isolate_keys`: no key's requests find another's prompts in the prefix cache, so
+    that nobody can tell by the time it takes what others have asked.
     """
 
     api_keys: tuple[ApiKey, ...] = ()
     admin_sha256: str | None = field(default=None, repr=False)
     guard_metrics: bool = False
+    isolate_keys: bool = False
 
     @classmethod
     def of(cls, *keys: str, admin: str | None = None, guard_metrics: bool = False) -> Access:

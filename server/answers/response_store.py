@@ -23,6 +23,7 @@ class StoredResponse:
         own_input: the items of its own request, a JSON list.
         item_ids: of its own request's and its answer's items.
         previous: the response that it continues; kept with it, even where that one is deleted or forgotten.
+        owner: the name of the key that made it; no other one finds it.
         num_bytes: of all JSON that it keeps in memory, the previous responses' included.
     """
 
@@ -32,17 +33,22 @@ class StoredResponse:
     item_ids: tuple[str, ...]
     previous: StoredResponse | None
     num_bytes: int
+    owner: str = ""
 
     @classmethod
     def of(
-        cls, response: ResponseObject, own_input: Sequence[KeptItem], previous: StoredResponse | None
+        cls,
+        response: ResponseObject,
+        own_input: Sequence[KeptItem],
+        previous: StoredResponse | None,
+        owner: str = "",
     ) -> StoredResponse:
         """A finished response, its request's items, and the response that it continues."""
         sent = response.to_json().encode()
         items = json.dumps(own_input, ensure_ascii=False).encode()
         ids = (*(item["id"] for item in own_input), *(item.id for item in response.output))
         num_bytes = len(sent) + len(items) + (0 if previous is None else previous.num_bytes)
-        return cls(response.id, sent, items, ids, previous, num_bytes)
+        return cls(response.id, sent, items, ids, previous, num_bytes, owner)
 
     def input_items(self) -> list[KeptItem]:
         """All that the model was given, oldest first: the previous responses' input and output, then the request's items."""
@@ -92,11 +98,12 @@ class ResponseStore:
         while len(self._responses) > self._max_responses or self.num_bytes > self._max_bytes:
             self.delete(next(iter(self._responses)))
 
-    def get(self, response_id: str) -> StoredResponse | None:
-        """The response, which now counts as used last; None where there is none."""
+    def get(self, response_id: str, owner: str = "") -> StoredResponse | None:
+        """The owner's response, which now counts as used last; None where there is none."""
         stored = self._responses.get(response_id)
-        if stored is not None:
-            self._responses.move_to_end(response_id)
+        if stored is None or stored.owner != owner:
+            return None
+        self._responses.move_to_end(response_id)
         return stored
 
     def delete(self, response_id: str) -> bool:
@@ -110,9 +117,9 @@ class ResponseStore:
                 del self._items[item_id]
         return True
 
-    def item(self, item_id: str) -> KeptItem | None:
-        """An item of a stored response's own request or answer."""
-        stored = self.get(self._items.get(item_id, ""))
+    def item(self, item_id: str, owner: str = "") -> KeptItem | None:
+        """An item of one of the owner's stored responses, of its own request or answer."""
+        stored = self.get(self._items.get(item_id, ""), owner)
         if stored is None:
             return None
         return next(item for item in stored.own_items() if item["id"] == item_id)

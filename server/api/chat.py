@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from server.answers.chat import chat_chunks, chat_completion
 from server.answers.parts import collect
 from server.api.context import watch
-from server.api.dependencies import ServiceDep, identity, read_body, settle
+from server.api.dependencies import ServiceDep, cache_owner, identity, read_body, settle
 from server.api.documentation import GENERATES, documented
 from server.api.respond import streamed, while_connected, whole
 from server.wire.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
@@ -38,6 +38,7 @@ async def create_chat_completion(request: Request, service: ServiceDep) -> Respo
         param="messages",
         prompt_logprobs=body.prompt_logprobs,
         priority=body.priority,
+        cache_owner=cache_owner(request, service),
     )
     generation = turn.generation
     watch(request, body.model, [generation])

@@ -11,7 +11,7 @@ from server.answers.generation import collect
 from server.answers.merge import together
 from server.answers.text import TextForm, text_chunks, text_completion
 from server.api.context import watch
-from server.api.dependencies import ServiceDep, identity, read_body, settle
+from server.api.dependencies import ServiceDep, cache_owner, identity, read_body, settle
 from server.api.documentation import GENERATES, documented
 from server.api.respond import streamed, while_connected, whole
 from server.service import Service
@@ -45,6 +45,7 @@ async def create_completion(request: Request, service: ServiceDep) -> Response:
             n=body.num_completions,
             prompt_logprobs=body.num_prompt_logprobs,
             priority=body.priority,
+            cache_owner=cache_owner(request, service),
         )
         for i, tokens in enumerate(prompts)
     ]

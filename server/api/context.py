@@ -63,6 +63,7 @@ class RequestContext:
             except ApiError as error:
                 await error_response(error)(scope, receive, send_with_id)
             else:
+                state["key"] = visitor.name if visitor else ""
                 await self._app(scope, receive, send_with_id)
         finally:
             model, generations = state.get("watched", (None, ()))

@@ -55,6 +55,16 @@ def _check_media_type(request: Request) -> None:
         raise UnsupportedMediaTypeError(f"The body has Content-Encoding {shown(coding)}. Send it as it is.")
 
 
+def key_name(request: Request) -> str:
+    """Whose key the request came with; empty where none is wanted."""
+    return request.state.key
+
+
+def cache_owner(request: Request, service: Service) -> str:
+    """See `GenerationRequest.cache_owner`: nobody's, unless keys are kept apart."""
+    return key_name(request) if service.config.access.isolate_keys else ""
+
+
 def settle(
     request: Request, service: Service, model: str | None, fields: SteeringFields, *, counted: bool = True
 ) -> Resolved:

@@ -23,6 +23,7 @@ STATUSES = {
     405: "The path has other methods; `Allow` lists them.",
     413: "The body is too large.",
     415: "The body is no JSON, by its own headers.",
+    429: "The key has asked for as much as it may for now; `Retry-After` says when to try again.",
     500: "A defect, or a generation that failed alone.",
     503: "The queue is full (`Retry-After` says when to try again), or the engine is not ready.",
 }
@@ -31,7 +32,7 @@ EXTRA_BODY = {"type": ["object", "null"], "description": "Its fields are read as
 _BODIES: dict[type[BaseModel], None] = {}
 _ANSWERS: dict[type[BaseModel], None] = {}
 READS = (401, 405, 500)  # of every operation under /v1
-GENERATES = (400, 401, 403, 404, 405, 413, 415, 500, 503)
+GENERATES = (400, 401, 403, 404, 405, 413, 415, 429, 500, 503)
 
 
 def documented(

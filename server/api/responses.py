@@ -15,7 +15,7 @@ from server.answers.parts import Turn
 from server.answers.response_store import StoredResponse
 from server.answers.responses import ResponseWriter, response_usage, response_whole
 from server.api.context import watch
-from server.api.dependencies import ServiceDep, identity, read_body, settle
+from server.api.dependencies import ServiceDep, cache_owner, identity, key_name, read_body, settle
 from server.api.documentation import GENERATES, READS, documented
 from server.api.engine_errors import api_error
 from server.api.respond import named_events, streamed, while_connected, whole
@@ -53,8 +53,9 @@ async def create_response(request: Request, service: ServiceDep) -> Response:
     created = int(time.time())
     body = await read_body(request, ResponsesRequest)
     resolved = settle(request, service, body.model, body)
-    previous = _previous(service, body)
-    own_input = _own_input(service, body)
+    owner = key_name(request)
+    previous = _previous(service, body, owner)
+    own_input = _own_input(service, body, owner)
     items = [] if previous is None else previous.items()
     conversation = Conversation(
         template_messages(body.instructions, [*items, *own_input]), body.tool_use(), body.text_format, param="input"
@@ -68,6 +69,7 @@ async def create_response(request: Request, service: ServiceDep) -> Response:
         limit=body.max_output_tokens,
         logprobs=body.num_logprobs,
         param="input",
+        cache_owner=cache_owner(request, service),
     )
     generation = turn.generation
     watch(request, body.model, [generation])
@@ -75,7 +77,7 @@ async def create_response(request: Request, service: ServiceDep) -> Response:
 
     def keep(response: ResponseObject) -> None:
         if body.store is not False:
-            service.responses.put(StoredResponse.of(response, own_input, previous))
+            service.responses.put(StoredResponse.of(response, own_input, previous, owner))
 
     def logprobs(notes: Sequence[TokenNote]) -> list[TokenLogprob]:
         return [] if body.num_logprobs is None else token_logprobs(notes, vocabulary)
@@ -97,13 +99,13 @@ async def create_response(request: Request, service: ServiceDep) -> Response:
 async def get_response(response_id: str, request: Request, service: ServiceDep) -> Response:
     """A stored response, as it was sent."""
     _query(request, RetrieveQuery)
-    return Response(_stored(service, response_id).response, media_type="application/json")
+    return Response(_stored(service, response_id, request).response, media_type="application/json")
 
 
 @router.delete("/v1/responses/{response_id}", **documented(DeletedResponse, STORED))
-async def delete_response(response_id: str, service: ServiceDep) -> Response:
+async def delete_response(response_id: str, request: Request, service: ServiceDep) -> Response:
     """Forget a stored response. Those that continue it keep what they were told."""
-    _stored(service, response_id)
+    _stored(service, response_id, request)
     service.responses.delete(response_id)
     return _json(DeletedResponse(id=response_id, object="response", deleted=True))
 
@@ -112,7 +114,7 @@ async def delete_response(response_id: str, service: ServiceDep) -> Response:
 async def list_input_items(response_id: str, request: Request, service: ServiceDep) -> Response:
     """What the model was given for a stored response, a page at a time; the newest first unless `order` is `asc`."""
     query = _query(request, InputItemsQuery)
-    items = _stored(service, response_id).input_items()
+    items = _stored(service, response_id, request).input_items()
     if query.order == "desc":
         items.reverse()
     if query.after is not None:
@@ -126,9 +128,9 @@ async def list_input_items(response_id: str, request: Request, service: ServiceD
 
 
 @router.post("/v1/responses/{response_id}/cancel", **documented(ResponseObject, STORED))
-async def cancel_response(response_id: str, service: ServiceDep) -> Response:
+async def cancel_response(response_id: str, request: Request, service: ServiceDep) -> Response:
     """Always an error: only background responses can be cancelled, and there are none here."""
-    _stored(service, response_id)
+    _stored(service, response_id, request)
     raise InvalidRequestError("Cannot cancel a synchronous response.")
 
 
@@ -186,10 +188,10 @@ def _fields(answer: AnswerIdentity, body: ResponsesRequest, turn: Turn) -> dict[
     }
 
 
-def _previous(service: Service, body: ResponsesRequest) -> StoredResponse | None:
+def _previous(service: Service, body: ResponsesRequest, owner: str) -> StoredResponse | None:
     if body.previous_response_id is None:
         return None
-    previous = service.responses.get(body.previous_response_id)
+    previous = service.responses.get(body.previous_response_id, owner)
     if previous is None:
         raise InvalidRequestError(
             f"Previous response with id '{body.previous_response_id}' not found.",
@@ -199,14 +201,14 @@ def _previous(service: Service, body: ResponsesRequest) -> StoredResponse | None
     return previous
 
 
-def _own_input(service: Service, body: ResponsesRequest) -> list[KeptItem]:
+def _own_input(service: Service, body: ResponsesRequest, owner: str) -> list[KeptItem]:
     """The request's items as they are kept, references looked up."""
     kept = []
     for item in body.input or ():
         if not isinstance(item, ItemReference):
             kept.append(item.kept(new_id))
             continue
-        found = service.responses.item(item.id)
+        found = service.responses.item(item.id, owner)
         if found is None:
             raise NotFoundError(
                 f"Item with id '{item.id}' not found. Items are kept with the responses that hold them, and those only "
@@ -217,8 +219,8 @@ def _own_input(service: Service, body: ResponsesRequest) -> list[KeptItem]:
     return kept
 
 
-def _stored(service: Service, response_id: str) -> StoredResponse:
-    stored = service.responses.get(response_id)
+def _stored(service: Service, response_id: str, request: Request) -> StoredResponse:
+    stored = service.responses.get(response_id, key_name(request))
     if stored is None:
         raise NotFoundError(f"Response with id '{response_id}' not found.")
     return stored

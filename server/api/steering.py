@@ -6,7 +6,7 @@ import dataclasses
 
 from fastapi import APIRouter, Request, Response
 
-from server.api.dependencies import ServiceDep, read_body, settle
+from server.api.dependencies import ServiceDep, cache_owner, read_body, settle
 from server.api.documentation import GENERATES, READS, documented
 from server.api.respond import while_connected
 from server.conversation import Conversation
@@ -51,7 +51,10 @@ async def score(request: Request, service: ServiceDep) -> Response:
     else:
         prompt = await service.prompter.text(body.prompt or "")
     service.check_prompt(prompt, "prompt" if body.messages is None else "messages")
-    asked = GenerationRequest(new_id("score-"), prompt, SamplingOptions(max_tokens=1), resolved.options)
+    owner = cache_owner(request, service)
+    asked = GenerationRequest(
+        new_id("score-"), prompt, SamplingOptions(max_tokens=1), resolved.options, cache_owner=owner
+    )
     decision = await while_connected(request, service.engine.score(asked))
     report = steering_report(decision, "full")
     assert isinstance(report, SteeringReport)

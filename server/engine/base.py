@@ -75,7 +75,10 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One prompt, `n` completions of it, one steering decision for all of them."""
+    """One prompt, `n` completions of it, one steering decision for all of them.
+
+    `cache_owner`: only requests of the same owner find what the prefix cache kept of this one; empty: all that name none.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -83,6 +86,7 @@ class GenerationRequest:
     steering: SteeringOptions = field(default_factory=SteeringOptions)
     n: int = 1
     priority: int = 0
+    cache_owner: str = ""
 
 
 @dataclass(frozen=True)

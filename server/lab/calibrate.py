@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from server.lab.console import command_line, interval, stop
+from server.lab.console import DEVICE_MAP, command_line, interval, stop
 from steering.errors import SteeringError
 
 
@@ -22,7 +22,8 @@ def calibrate(
     fire_rate: Annotated[float | None, typer.Option(help="share of --general on which the gate may fire")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
-    batch_tokens: Annotated[int, typer.Option(help="padded tokens in one batch of the extraction")] = 8192,
+    device_map: Annotated[str, typer.Option(help=DEVICE_MAP)] = "",
+    batch_tokens: Annotated[int, typer.Option(min=1, help="padded tokens in one batch of the extraction")] = 8192,
 ) -> None:
     """Set a profile's threshold anew, for a wanted miss rate or fire rate on new traffic."""
     from rich.console import Console
@@ -39,6 +40,7 @@ def calibrate(
     from transformers.utils.logging import disable_progress_bar
 
     from server.config import demo_folder
+    from server.engine.native.device_map import read_device_map
     from server.engine.native.load import load_model
     from steering.profile import EVIDENCE_FILE, SteeringProfile, profile_folder
     from steering.report import rebuild_report
@@ -49,7 +51,8 @@ def calibrate(
     try:
         disable_progress_bar()  # ours tell more
         before = SteeringProfile.load(profile)
-        loaded = load_model(reference, dtype=dtype, device=device)
+        places = read_device_map(device_map, device)
+        loaded = load_model(reference, dtype=dtype, device=device, device_map=places)
         loaded.set_attn_implementation("sdpa" if loaded._supports_sdpa else "eager")
         found = run(
             loaded,

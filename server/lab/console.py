@@ -8,6 +8,8 @@ from pathlib import Path
 
 import typer
 
+DEVICE_MAP = "a model larger than one card: auto, balanced, balanced_low_0, sequential, or a JSON file {module: device}"
+
 
 def show(console, profile) -> None:
     from rich.table import Table
@@ -79,7 +81,9 @@ def command_line() -> str:
 
 
 def stop(console, message: str) -> None:
-    console.print(f"[red]error:[/red] {message}", soft_wrap=True)
+    from rich.markup import escape
+
+    console.print(f"[red]error:[/red] {escape(message)}", soft_wrap=True)
     raise typer.Exit(2)
 
 

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from server.lab.console import command_line, parse_layers, show, stop
+from server.lab.console import DEVICE_MAP, command_line, parse_layers, show, stop
 from steering.errors import SteeringError
 
 
@@ -20,7 +20,11 @@ def train(
         str, typer.Option(help="0-based decoder layer to read and steer at; or auto, or candidates as 8-20 or 3,5,8")
     ],
     pairs: Annotated[
-        list[Path], typer.Option(help='JSONL rows {"query", "preferred", "undesired"[, "side"]}; repeatable')
+        list[Path],
+        typer.Option(
+            help='JSONL rows {"query", "preferred", "undesired", and perhaps "side", "kind"}, or the published form '
+            '{"chosen", "rejected", and perhaps "prompt"}; texts or chat messages; repeatable'
+        ),
     ],
     out: Annotated[Path, typer.Option(help="folder to write the profile to")],
     model: Annotated[str, typer.Option(help="model folder or hub id; default: the embedded demo")] = "",
@@ -44,17 +48,20 @@ def train(
     floor: Annotated[float, typer.Option(help="gates below this are exactly 0")] = 1e-3,
     centre: Annotated[str, typer.Option(help="auto, none, general or ir")] = "auto",
     rank: Annotated[str, typer.Option(help="auto, or the subspace's rank")] = "auto",
-    residual_rank: Annotated[int, typer.Option(help="m: residual directions")] = 10,
-    epochs: Annotated[int, typer.Option(help="at most, for router and residual")] = 100,
+    residual_rank: Annotated[int, typer.Option(min=0, help="m: residual directions")] = 10,
+    epochs: Annotated[int, typer.Option(min=1, help="at most, for router and residual")] = 100,
     learning_rate: Annotated[float, typer.Option(help="AdamW's")] = 5e-4,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
-    batch_tokens: Annotated[int, typer.Option(help="padded tokens in one batch of the extraction")] = 8192,
+    device_map: Annotated[str, typer.Option(help=DEVICE_MAP)] = "",
+    batch_tokens: Annotated[int, typer.Option(min=1, help="padded tokens in one batch of the extraction")] = 8192,
     cache: Annotated[
         Path | None, typer.Option(help="folder of extracted states, to go on after an interruption; default: OUT.cache")
     ] = None,
-    no_cache: Annotated[bool, typer.Option("--no-cache", help="keep no extracted states")] = False,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="keep no extracted states; those of several layers pass through TMPDIR")
+    ] = False,
     no_examples: Annotated[
         bool, typer.Option("--no-examples", help="quote no training query in the report and its evidence")
     ] = False,
@@ -78,8 +85,10 @@ def train(
             stop(console, f"{label} {value!r} is unknown; use one of {', '.join(known)}.")
     if rank != "auto" and not (rank.isdigit() and int(rank) > 0):
         stop(console, f"--rank {rank!r} must be auto or a whole number above 0.")
-    if not 0 < tail < 1 or decay <= 0 or not 0 <= floor < 1:
-        stop(console, "--tail must lie between 0 and 1, --decay above 0, --floor in [0, 1).")
+    if not 0 < tail < 1 or not 0 < decay < math.inf or not 0 <= floor < 1 or not 0 < learning_rate < math.inf:
+        stop(console, "--tail must lie between 0 and 1, --decay and --learning-rate above 0, --floor in [0, 1).")
+    if out.is_file():
+        stop(console, f"--out {out} is a file; name a folder.")
 
     chosen = "auto" if strength == "auto" else _number(strength)
     tried = [_number(word) for word in strengths.split(",")]
@@ -93,6 +102,7 @@ def train(
     from transformers.utils.logging import disable_progress_bar
 
     from server.config import demo_folder
+    from server.engine.native.device_map import read_device_map, refuse_several_devices
     from server.engine.native.load import load_model
     from steering.report import write_report
     from steering.training.card import write_card
@@ -128,7 +138,12 @@ def train(
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             disable_progress_bar()  # ours tell more
-            loaded = load_model(reference, dtype=dtype, device=device)
+            places = read_device_map(device_map, device)
+            if chosen == "auto":
+                refuse_several_devices(places)
+            loaded = load_model(reference, dtype=dtype, device=device, device_map=places)
+            if chosen == "auto":
+                refuse_several_devices(loaded)
             loaded.set_attn_implementation("sdpa" if loaded._supports_sdpa else "eager")
             tokenizer = AutoTokenizer.from_pretrained(reference)
             if dry_run:
@@ -136,7 +151,8 @@ def train(
                 console.print(
                     f"Would read {cost.layers} layers' states of {cost.queries} queries and {cost.pairs} pairs: "
                     f"{cost.tokens:,} tokens, about {cost.seconds:.0f} s before the fits, "
-                    f"{cost.state_bytes / 2**20:.1f} MiB of states. Nothing was written."
+                    f"{cost.memory_bytes / 2**20:.1f} MiB of states in memory, {cost.disk_bytes / 2**20:.1f} MiB on disk. "
+                    "Nothing was written."
                 )
                 return
             training = run(

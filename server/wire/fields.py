@@ -12,6 +12,7 @@ from server.wire.base import RequestModel
 from server.wire.chat import ChatCompletionRequest, ScoreRequest
 from server.wire.completions import CompletionRequest
 from server.wire.responses import ResponsesRequest
+from server.wire.steering import DefaultsRequest, LoadProfileRequest, UnloadProfileRequest
 from server.wire.tokenize import DetokenizeRequest, TokenizeRequest
 
 PAGE = Path(__file__).parents[1] / "api" / "README.md"
@@ -25,6 +26,9 @@ MODELS: Mapping[str, type[RequestModel]] = {
         TokenizeRequest,
         DetokenizeRequest,
         ScoreRequest,
+        LoadProfileRequest,
+        UnloadProfileRequest,
+        DefaultsRequest,
     )
 }
 TABLE = re.compile(r"<!-- fields of (\w+) -->\n(?:\|.*\n)*<!-- end -->")

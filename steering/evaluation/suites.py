@@ -31,7 +31,7 @@ from typing import Any, Literal, get_args
 
 from steering.errors import TrainingDataError
 from steering.evaluation.scorers import SCORERS
-from steering.training.data import OPTIONAL, Query, _query, _rows, _text
+from steering.training.rows import OPTIONAL, Query, query_field, read_rows, text_field
 
 Kind = Literal["attack", "over_refusal", "benign", "exact_match", "truthfulqa", "preference"]
 JudgeName = Literal["refusal", "closer", "pair"]
@@ -147,18 +147,18 @@ def _settings(where: Path) -> dict[str, Any]:
 
 def _file(path: Path, needed: Sequence[str]) -> SuiteFile:
     items = []
-    for where, row in _rows(path, COLUMNS):
+    for where, row in read_rows(path, COLUMNS):
         for key in needed:
             if key not in row:
                 raise TrainingDataError(f"{where}: field {key!r} is missing, which this kind of suite needs.")
-        pattern = _text(row, "pattern", where) if "pattern" in row else ""
+        pattern = text_field(row, "pattern", where) if "pattern" in row else ""
         try:
             re.compile(pattern)
         except re.error as error:
             raise TrainingDataError(f"{where}: field 'pattern' is no regular expression ({error}).") from error
-        answer = _text(row, "answer", where) if "answer" in row else ""
+        answer = text_field(row, "answer", where) if "answer" in row else ""
         preferred, undesired = (_texts(row, key, where) for key in ("preferred", "undesired"))
-        items.append(Item(_query(row, where), preferred, undesired, answer, pattern))
+        items.append(Item(query_field(row, where), preferred, undesired, answer, pattern))
     return SuiteFile(path.stem, tuple(items), hashlib.sha256(path.read_bytes()).hexdigest())
 
 
@@ -166,7 +166,7 @@ def _texts(row: dict, key: str, where: str) -> tuple[str, ...]:
     if key not in row:
         return ()
     if not isinstance(row[key], list):
-        return (_text(row, key, where),)
+        return (text_field(row, key, where),)
     if not row[key] or not all(isinstance(text, str) and text.strip() for text in row[key]):
         raise TrainingDataError(f"{where}: field {key!r} must be a string, or a list of strings that are not empty.")
     return tuple(row[key])

@@ -13,28 +13,29 @@ import torch
 
 from steering.errors import ProfileError
 from steering.profile import EVIDENCE_FILE
+from steering.training.fit_cast import CastFit
 from steering.training.fit_experts import ExpertFit
+from steering.training.fit_gate import GateFit
 from steering.training.trainer import Training
 
 MAX_POINTS = 2000
+MAX_SCORES = 10_000  # more: what a threshold does is decided by the few in the tails
 NUM_EXAMPLES, NUM_KINDS = 3, 6
 DIGITS = 4
+SCORE_DIGITS = 6  # a threshold lies between two of them
 
 
 def collect(training: Training, examples: bool = True) -> dict[str, Any]:
-    """Out-of-sample energy ratios, the shifts in two dimensions, each expert's labels and nearest queries, routing entropies.
+    """Out-of-sample scores of the gate (energy ratios or similarities), the shifts in two dimensions, each expert's labels and nearest queries, routing entropies.
 
     Args:
         examples: whether training queries may be quoted; without, no text of theirs is in the result.
     Returns:
-        Plain JSON: numbers rounded to `DIGITS`, at most `MAX_POINTS` rows of a kind (evenly spaced ones).
+        Plain JSON: rounded numbers, at most `MAX_POINTS` rows of a kind, `MAX_SCORES` of scores (evenly spaced ones).
     """
     found: dict[str, Any] = {"examples": examples}
     if training.gate is not None:
-        found["gate"] = {
-            "ir": _rounded(_some(training.gate.ir_ratios.sort().values)),
-            "general": _rounded(_some(training.gate.general_ratios.sort().values)),
-        }
+        found["gate"] = _gate(training.gate)
     if training.experts is not None:
         found["experts"] = _experts(training, training.experts, examples)
     return found
@@ -76,6 +77,17 @@ def _has(found: Any, keys: dict[str, type]) -> bool:
     )
 
 
+def _gate(fit: GateFit | CastFit) -> dict[str, list[float]]:
+    if isinstance(fit, CastFit):
+        ir, general = fit.ir_similarities, fit.general_similarities
+    else:
+        ir, general = fit.ir_ratios, fit.general_ratios
+    return {
+        side: _rounded(_some(scores.sort().values, MAX_SCORES), SCORE_DIGITS)
+        for side, scores in (("ir", ir), ("general", general))
+    }
+
+
 def _experts(training: Training, fit: ExpertFit, examples: bool) -> dict[str, Any]:
     """The shifts, length 1, and the prototypes along the shifts' first two principal directions, and who is near whom."""
     unit = torch.nn.functional.normalize(training.pair_shifts, dim=-1)
@@ -85,20 +97,19 @@ def _experts(training: Training, fit: ExpertFit, examples: bool) -> dict[str, An
     prototypes = fit.experts.prototypes
     routing = fit.experts.routing(training.pair_states).detach()
     entropy = -(routing * routing.clamp_min(1e-12).log()).sum(-1) / math.log(max(len(prototypes), 2))
-    labels = {pair.query: pair for pair in training.pairs}
+    labels = {name: training.pairs.labels(name) for name in ("side", "kind")}
     rows = _some(torch.arange(len(points))).tolist()
     described = []
     for k in range(len(prototypes)):
         mine = np.flatnonzero(fit.clusters == k)
         distance = (unit[mine] - prototypes[k]).norm(dim=-1)
         nearest = mine[distance.argsort().numpy()[:NUM_EXAMPLES]]
-        own = [labels[training.pair_queries[i]] for i in mine]
-        sides, kinds = (Counter(filter(None, (getattr(p, name) for p in own))) for name in ("side", "kind"))
+        sides, kinds = (Counter(filter(None, (found[i] for i in mine))) for found in labels.values())
         described.append(
             {
                 "size": len(mine),
                 "labels": [*sides.most_common(), *kinds.most_common(NUM_KINDS)],
-                "nearest": [training.pair_queries[i].chat[-1]["content"] for i in nearest] if examples else [],
+                "nearest": [training.pairs[i].query.chat[-1]["content"] for i in nearest] if examples else [],
             }
         )
     return {
@@ -110,12 +121,12 @@ def _experts(training: Training, fit: ExpertFit, examples: bool) -> dict[str, An
     }
 
 
-def _some(rows: torch.Tensor) -> torch.Tensor:
-    """At most `MAX_POINTS` of the rows, evenly spaced."""
-    if len(rows) <= MAX_POINTS:
+def _some(rows: torch.Tensor, most: int = MAX_POINTS) -> torch.Tensor:
+    """At most so many of the rows, evenly spaced."""
+    if len(rows) <= most:
         return rows
-    return rows[torch.linspace(0, len(rows) - 1, MAX_POINTS, dtype=torch.float64).long()]
+    return rows[torch.linspace(0, len(rows) - 1, most, dtype=torch.float64).long()]
 
 
-def _rounded(numbers) -> list[float]:
-    return [round(float(x), DIGITS) for x in numbers]
+def _rounded(numbers, digits: int = DIGITS) -> list[float]:
+    return [round(float(x), digits) for x in numbers]

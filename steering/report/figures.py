@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from steering.manifest import ProfileManifest
+from steering.manifest import GateManifest, ProfileManifest
 
 IR, GENERAL, GREY, DARK = "#b3361e", "#2b6a99", "#8a8a8a", "#333333"
 PALETTE = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#000000", "#ee8866", "#44bb99")
@@ -32,14 +32,17 @@ Draw = Callable[[Axes], None]
 def figures(manifest: ProfileManifest, evidence: dict[str, Any]) -> dict[str, Draw]:
     """The figures that this profile has something for, by name, in the report's order."""
     metrics, found = manifest.metrics, {}
-    gate, experts = evidence.get("gate"), evidence.get("experts")
-    threshold, tail = manifest.gate.threshold, manifest.gate.tail
-    if gate:
-        found["energy_ratio"] = lambda ax: _ratios(ax, gate, threshold)
+    gate, experts, spec = evidence.get("gate"), evidence.get("experts"), manifest.gate
+    if gate and spec.kind == "cosine":
+        found["similarity"] = lambda ax: _similarities(ax, gate, spec)
+    elif gate:
+        found["energy_ratio"] = lambda ax: _ratios(ax, gate, spec.threshold)
     if gate and metrics.get("gate"):
-        found["roc"] = lambda ax: _roc(ax, gate, tail, metrics["gate"]["auc"])
+        found["roc"] = lambda ax: _roc(ax, gate, spec, metrics["gate"]["auc"])
+    if gate and metrics.get("gate") and spec.kind == "cosine":
+        found["threshold"] = lambda ax: _thresholds(ax, gate, spec, metrics["gate"])
     if comparison := metrics.get("gate", {}).get("comparison"):
-        found["rank_and_centre"] = lambda ax: _comparison(ax, comparison, manifest.gate.centre, manifest.gate.rank)
+        found["rank_and_centre"] = lambda ax: _comparison(ax, comparison, spec.centre, spec.rank)
     if criteria := {k: v for k, v in metrics.get("experts", {}).items() if k in CRITERIA and v}:
         found["clusters"] = lambda ax: _clusters(ax, criteria, manifest.experts.num_prototypes)
     if experts:
@@ -71,24 +74,67 @@ def _legend(ax: Axes) -> None:
 
 
 def _ratios(ax: Axes, gate: dict, threshold: float) -> None:
-    low = min(*gate["ir"], *gate["general"])
-    bins = np.linspace(low, 1, 61)
-    for label, ratios, colour in (("need steering", gate["ir"], IR), ("general", gate["general"], GENERAL)):
-        ax.hist(ratios, bins, weights=np.full(len(ratios), 1 / len(ratios)), alpha=0.6, color=colour, label=label)
+    _histograms(ax, gate, min(*gate["ir"], *gate["general"]), 1)
     ax.axvline(threshold, color=DARK, linestyle="--", label=f"threshold {threshold:.3f}")
     ax.set(title="Energy ratio, out of sample", xlabel="energy ratio", ylabel="share of queries")
     _legend(ax)
 
 
-def _roc(ax: Axes, gate: dict, tail: float, auc: float) -> None:
-    ir, general = np.sort(gate["ir"]), np.sort(gate["general"])
-    cuts = np.sort(np.concatenate([ir, general, [-1.0, 2.0]]))
-    missed = np.searchsorted(ir, cuts) / len(ir)
-    fired = 1 - np.searchsorted(general, cuts) / len(general)
-    ax.plot(missed, fired, color=IR, linewidth=2)
-    ax.axvline(tail, color=DARK, linestyle="--", label=f"wanted miss rate {tail:g}")
-    ax.set(title=f"What a lower miss rate costs (AUC {auc:.3f})", xlim=(-0.01, 0.5), ylim=(-0.01, 0.5))
+def _similarities(ax: Axes, gate: dict, spec: GateManifest) -> None:
+    """As the energy ratios, and on which side of the threshold the gate is open."""
+    low, high = (pick(*gate["ir"], *gate["general"], spec.threshold) for pick in (min, max))
+    margin = (high - low) / 50 or 0.01
+    low, high = low - margin, high + margin
+    _histograms(ax, gate, low, high)
+    ax.axvline(spec.threshold, color=DARK, linestyle="--", label=f"threshold {spec.threshold:.3f}")
+    opened = (spec.threshold, high) if spec.direction == "above" else (low, spec.threshold)
+    ax.axvspan(*opened, color=GREY, alpha=0.15, linewidth=0, label=f"gate open ({spec.direction})")
+    ax.set(title="Similarity to the condition, out of sample", xlabel="similarity", ylabel="share of queries")
+    ax.set_xlim(low, high)
+    _legend(ax)
+
+
+def _histograms(ax: Axes, gate: dict, low: float, high: float) -> None:
+    bins = np.linspace(low, high, 61)
+    for label, scores, colour in (("need steering", gate["ir"], IR), ("general", gate["general"], GENERAL)):
+        ax.hist(scores, bins, weights=np.full(len(scores), 1 / len(scores)), alpha=0.6, color=colour, label=label)
+
+
+def missed_and_fired(gate: dict, cuts: np.ndarray, direction: str) -> tuple[np.ndarray, np.ndarray]:
+    """The share of IR queries that a gate opening at each of (C,) cuts misses, and that of general ones it fires on: (C,), (C,)."""
+    sign = -1 if direction == "below" else 1
+    ir, general = np.sort(sign * np.array(gate["ir"])), np.sort(sign * np.array(gate["general"]))
+    missed = np.searchsorted(ir, sign * cuts) / len(ir)
+    return missed, 1 - np.searchsorted(general, sign * cuts) / len(general)
+
+
+def _roc(ax: Axes, gate: dict, spec: GateManifest, auc: float) -> None:
+    cuts = np.sort(np.concatenate([gate["ir"], gate["general"], [-np.inf, np.inf]]))
+    ax.plot(*missed_and_fired(gate, cuts, spec.direction), color=IR, linewidth=2)
+    if spec.kind == "cosine":
+        limit = 1.01
+        point = missed_and_fired(gate, np.array([spec.threshold]), spec.direction)
+        ax.scatter(*point, s=70, color=DARK, zorder=3, label=f"chosen threshold {spec.threshold:.3f}")
+    else:
+        limit = 0.5
+        ax.axvline(spec.tail, color=DARK, linestyle="--", label=f"wanted miss rate {spec.tail:g}")
+    ax.set(title=f"What a lower miss rate costs (AUC {auc:.3f})", xlim=(-0.01, limit), ylim=(-0.01, limit))
     ax.set(xlabel="queries that need steering, missed", ylabel="general queries fired on")
+    _legend(ax)
+
+
+def _thresholds(ax: Axes, gate: dict, spec: GateManifest, metrics: dict) -> None:
+    """F1 by the queries' own numbers: of many the evidence holds some."""
+    cuts = np.unique([*gate["ir"], *gate["general"], spec.threshold])
+    missed, fired = missed_and_fired(gate, cuts, spec.direction)
+    num_ir, num_general = sum(m["n"] for m in metrics["missed_by_source"].values()), metrics["general_fired"]["n"]
+    hits = (1 - missed) * num_ir
+    f1 = 2 * hits / (hits + fired * num_general + num_ir)
+    ax.plot(cuts, missed, color=IR, label="missed")
+    ax.plot(cuts, fired, color=GENERAL, label="fired on general")
+    ax.plot(cuts, f1, color="#228833", linewidth=2, label="F1")
+    ax.axvline(spec.threshold, color=DARK, linestyle="--", label=f"chosen: {spec.threshold:.3f}")
+    ax.set(title="What each threshold would do", xlabel="threshold", ylabel="share", ylim=(-0.02, 1.02))
     _legend(ax)
 
 

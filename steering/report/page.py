@@ -19,14 +19,19 @@ figure{margin:1rem 0}figcaption{color:#555}
 CAPTIONS = {
     "energy_ratio": "Each query's energy ratio, read by a subspace that it did not shape. The two humps should lie apart, with the "
     "threshold between them: what lies right of it is steered in full, what lies just left of it partly.",
+    "similarity": "How nearly each query's state lies along the condition vector, read by a vector that the query did not shape. The two "
+    "humps should lie apart, with the threshold between them. All of the shaded side is steered in full, nothing of the other.",
     "roc": "Left along the curve fewer queries that need steering are missed, and more general ones are steered for nothing.",
+    "threshold": "The threshold with the highest F1, a balance of few misses and little needless steering, was taken. It was found on these "
+    "same queries, so what they show at the dashed line is a little flattering; the shares given above are not.",
     "rank_and_centre": "The subspace's rank and the point it is measured from are a choice. Of those that fire least on general "
     "queries the smallest rank was taken. A curve under 0.5 is a gate that works backwards.",
     "clusters": "How well separated the groups of shifts are, for each number of groups. A criterion chooses where it is highest; of "
     "several criteria the median choice is taken.",
     "experts": "Each point is a training pair's shift, brought to length 1; stars are the experts. Points of one colour that lie "
     "together mean that an expert stands for something.",
-    "entropy": "Whether the router mixes experts or picks one.",
+    "entropy": "Whether the router mixes experts or picks one: over all pairs' queries, most of which trained it. On queries that did not "
+    "it may be less sure.",
     "validation": "How far the synthesized vector is from a pair's own shift, on pairs that trained nothing. It should end under the "
     "dashed line: else one vector for all would do as well.",
     "strength": "Answers to held-out queries at each strength, read by the judge. Where broken text rises, the model's text collapses; "
@@ -35,22 +40,44 @@ CAPTIONS = {
     "figures are the best of several, so a little flattering.",
 }
 SECTIONS = (
-    ("When it steers: the gate", ("energy_ratio", "roc", "rank_and_centre")),
+    ("When it steers: the gate", ("energy_ratio", "similarity", "roc", "threshold", "rank_and_centre")),
     ("How it steers: the experts", ("experts", "clusters", "entropy", "validation")),
     ("How strongly, and where", ("strength", "layers")),
 )
 GLOSSARY = (
     ("Query that needs steering (IR)", "one of the queries given as such to the trainer"),
     ("State", "the model's residual stream at the chosen layer, at the prompt's last token"),
-    (
-        "Energy ratio",
-        "the share of a state's squared length that lies in the subspace of the IR queries' states, 0 to 1",
-    ),
-    ("Gate", "1 from the threshold on, falling softly to exactly 0 below it; at 0 the answer is the plain model's"),
     ("Shift", "the mean state of a preferred answer minus that of an undesired one"),
     ("Strength", "what the vector is multiplied by; 0 changes nothing"),
-    ("AUC", "the chance that an IR query scores higher than a general one; 0.5 is a coin"),
 )
+GATE_GLOSSARY = {
+    "quantile": (
+        (
+            "Energy ratio",
+            "the share of a state's squared length that lies in the subspace of the IR queries' states, 0 to 1",
+        ),
+        ("Gate", "1 from the threshold on, falling softly to exactly 0 below it; at 0 the answer is the plain model's"),
+        ("AUC", "the chance that an IR query scores higher than a general one; 0.5 is a coin"),
+    ),
+    "cosine": (
+        (
+            "Condition vector",
+            "the one direction in which the states of IR and of general queries vary most, taken together",
+        ),
+        (
+            "Similarity",
+            "the cosine between a state and its part along the condition vector (each entry of which goes through tanh): 0 where it "
+            "has none, larger the more of it lies there, whichever way it points",
+        ),
+        ("Gate", "1 on the threshold's open side, exactly 0 on the other; at 0 the answer is the plain model's"),
+        (
+            "F1",
+            "2 · hits / (2 · hits + misses + general queries fired on): 1 where there are neither misses nor false alarms",
+        ),
+        ("AUC", "the chance that an IR query lies further to the gate's open side than a general one; 0.5 is a coin"),
+    ),
+    "always": (),
+}
 
 
 def page(manifest: ProfileManifest, version: str, evidence: dict[str, Any], svgs: dict[str, str]) -> str:
@@ -69,7 +96,10 @@ def page(manifest: ProfileManifest, version: str, evidence: dict[str, Any], svgs
             body.append(_experts(evidence))
         if any(body):
             parts += [f"<h2>{title}</h2>", *body]
-    rows = "".join(f"<tr><th>{escape(term)}</th><td>{escape(text)}</td></tr>" for term, text in GLOSSARY)
+    rows = "".join(
+        f"<tr><th>{escape(term)}</th><td>{escape(text)}</td></tr>"
+        for term, text in (*GLOSSARY, *GATE_GLOSSARY[manifest.gate.kind])
+    )
     parts += ["<h2>Words</h2>", f"<table>{rows}</table>", "<h2>How it was made</h2>"]
     parts += [
         f"<pre>{escape(manifest.training.get('command', 'not recorded'))}</pre>",
@@ -135,7 +165,10 @@ def _gate(manifest: ProfileManifest) -> str:
         f"how much of the query's state lies in the {spec.rank} directions along which queries that need steering lie"
     )
     if spec.kind == "cosine":
-        asks = "how the query's state lies to one direction, the condition vector (CAST); the threshold decides all or nothing"
+        asks = (
+            "how much of the query's state lies along one direction, the condition vector (CAST), and steers in full where that is "
+            f"at the threshold or {spec.direction} it, else not at all"
+        )
     return (
         f"<p>Before it answers, the server asks {asks}. The threshold is {spec.threshold:.3f}. On general queries it fires in {fired['share']:.1%} "
         f"({fired['low']:.1%} to {fired['high']:.1%}, n = {fired['n']}). Missed, out of sample, 95 % intervals:</p>"

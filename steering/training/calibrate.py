@@ -6,7 +6,6 @@ conformal: they hold where new traffic is exchangeable with the files', and a sh
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,11 +18,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steering.errors import TrainingDataError
-from steering.gate import QuantileGate, energy_ratio
+from steering.gate import QuantileGate
 from steering.profile import SteeringProfile
-from steering.training.data import LabelledQuery, file_record, read_queries, refuse_overlap
+from steering.training.data import LabelledQuery, bare, file_record, file_sha256, read_queries, refuse_overlap
 from steering.training.extraction import DEFAULT_BATCH_TOKENS, query_states
-from steering.training.fit_gate import missed_out_of_sample
+from steering.training.fit_gate import energy_ratios, missed_out_of_sample
+from steering.training.on_disk import Rows
 from steering.training.statistics import auc, share
 
 CONFIDENCE = 0.95
@@ -154,14 +154,13 @@ def calibrate(
         raise TrainingDataError("--fire-rate needs --general: the queries on which the gate should hardly fire.")
     _refuse_training_files(profile, [*queries, *general])
     ir_rows, general_rows = read_queries(queries), read_queries(general)
-    refuse_overlap({"IR": [q.query for q in ir_rows], "general": [q.query for q in general_rows]})
+    refuse_overlap({"IR": ir_rows, "general": general_rows})
 
-    def ratios(rows: list[LabelledQuery], label: str) -> Tensor:
-        bare = [row.query for row in rows]
+    def ratios(rows: Rows[LabelledQuery], label: str) -> Tensor:
         states = query_states(
-            model, tokenizer, bare, profile.layer, batch_tokens=batch_tokens, label=label, progress=progress
+            model, tokenizer, bare(rows), profile.layer, batch_tokens=batch_tokens, label=label, progress=progress
         )
-        return energy_ratio(states, gate.mean, gate.basis)
+        return energy_ratios(states, gate.mean, gate.basis)
 
     ir = ratios(ir_rows, "IR queries")
     others = ratios(general_rows, "general queries") if general_rows else torch.empty(0)
@@ -223,10 +222,7 @@ def _refuse_training_files(profile: SteeringProfile, paths: Sequence[Path]) -> N
         for digest in record["sha256"]
     }
     for path in paths:
-        try:
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        except OSError as error:
-            raise TrainingDataError(f"{path}: cannot be read ({error.strerror}). Give a JSONL file.") from error
+        digest = file_sha256(path)
         if digest in trained:
             raise TrainingDataError(
                 f"{path}: this file trained profile {profile.name!r} (its {trained[digest]} data), so its energy ratios are "
@@ -234,12 +230,13 @@ def _refuse_training_files(profile: SteeringProfile, paths: Sequence[Path]) -> N
             )
 
 
-def _sources(rows: list[LabelledQuery]) -> dict[str, Tensor]:
-    return {s: torch.tensor([row.source == s for row in rows]) for s in sorted({row.source for row in rows})}
+def _sources(rows: Rows[LabelledQuery]) -> dict[str, Tensor]:
+    sources = rows.labels("source")
+    return {name: torch.tensor([source == name for source in sources]) for name in sorted(set(sources))}
 
 
 def _by_source(
-    what: str, rows: list[LabelledQuery], before: Tensor, after: Tensor
+    what: str, rows: Rows[LabelledQuery], before: Tensor, after: Tensor
 ) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     return {
         f"{what} {source}": tuple(share(int(flags[mine].sum()), int(mine.sum())) for flags in (before, after))

@@ -65,11 +65,7 @@ def fit_alphasteer(ir_states: Tensor, general_states: Tensor, target: Tensor, *,
     Raises:
         TrainingDataError: too few queries, a target of zero, or general states that leave no null space.
     """
-    if min(len(ir_states), len(general_states)) < MIN_QUERIES:
-        raise TrainingDataError(
-            f"alphasteer needs at least {MIN_QUERIES} IR and {MIN_QUERIES} general queries; there are {len(ir_states)} and "
-            f"{len(general_states)}. Add queries."
-        )
+    refuse_too_few(len(ir_states), len(general_states))
     if not target.norm() > 0:
         raise TrainingDataError("alphasteer: the pairs' mean shift is zero: nothing to steer towards. Check the pairs.")
     generator = torch.Generator().manual_seed(seed)
@@ -105,6 +101,15 @@ def fit_alphasteer(ir_states: Tensor, general_states: Tensor, target: Tensor, *,
     kept = directions[:, : min(num_kept(energies, best.null_energy), directions.shape[0] - 1)]
     reader = ridge_reader(ir_states, kept, best.ridge)
     return AlphaSteerFit(LinearMap(target.float()[:, None].contiguous(), reader.float()[None]), best, candidates)
+
+
+def refuse_too_few(num_ir: int, num_general: int) -> None:
+    """Raise TrainingDataError where there are too few queries for a map. `num_ir`: or of the pairs' own, without IR queries."""
+    if min(num_ir, num_general) < MIN_QUERIES:
+        raise TrainingDataError(
+            f"alphasteer needs at least {MIN_QUERIES} IR and {MIN_QUERIES} general queries; there are {num_ir} and "
+            f"{num_general}. Add queries."
+        )
 
 
 def principal_energies(states: Tensor) -> tuple[Tensor, Tensor]:

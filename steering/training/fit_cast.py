@@ -45,11 +45,7 @@ def fit_cast(
     Raises:
         TrainingDataError: too few queries, or no difference between the two kinds.
     """
-    if min(len(ir_states), len(general_states)) < 2 * FOLDS:
-        raise TrainingDataError(
-            f"cast needs at least {2 * FOLDS} IR and {2 * FOLDS} general queries; there are {len(ir_states)} and "
-            f"{len(general_states)}. Add queries."
-        )
+    refuse_too_few(len(ir_states), len(general_states))
     ir_states, general_states = ir_states.float(), general_states.float()
     condition = condition_vector(ir_states, general_states)
     ir, general = _cross_fitted(ir_states, general_states, seed)
@@ -69,6 +65,15 @@ def fit_cast(
         general_fired,
         held_out,
     )
+
+
+def refuse_too_few(num_ir: int, num_general: int) -> None:
+    """Raise TrainingDataError where there are too few queries for a condition."""
+    if min(num_ir, num_general) < 2 * FOLDS:
+        raise TrainingDataError(
+            f"cast needs at least {2 * FOLDS} IR and {2 * FOLDS} general queries; there are {num_ir} and {num_general}. "
+            "Add queries."
+        )
 
 
 def condition_vector(ir_states: Tensor, general_states: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ from steering.manifest import Variant
 from steering.training.principal import principal_directions
 from steering.training.progress import progress_bar
 
+MIN_PAIRS = 20
+
 
 @dataclass(frozen=True)
 class ExpertOptions:
@@ -73,13 +75,10 @@ def fit_experts(
     `variant` "orthogonal_residual" is the authors' code's: prototypes of shifts that keep their lengths (in units of σ), K the
     median of what the elbow, the silhouette and Calinski–Harabasz choose, a residual basis of what of the shifts lies
     outside of the prototypes' span, and a value projection that starts at the identity (see `MixtureOfSteeringExperts`).
-    Raises TrainingDataError with fewer than 20 pairs or shifts that are all alike.
+    Raises TrainingDataError with fewer than `MIN_PAIRS` pairs or shifts that are all alike.
     """
     options = options or ExpertOptions()
-    if len(states) < 20:
-        raise TrainingDataError(
-            f"MoSE needs at least 20 pairs; there are {len(states)}. Add pairs, or train --method caa."
-        )
+    refuse_too_few(len(states))
     scale = float(shifts.square().sum(-1).mean().sqrt())
     if not scale > 0:
         raise TrainingDataError(
@@ -108,10 +107,18 @@ def fit_experts(
         choices,
         clusters,
         curve,
-        validation_error=_error(experts(states[validation]).vector, shifts[validation], scale),
-        mean_vector_error=_error(mean_vector, shifts[validation], scale),
-        zero_error=_error(torch.zeros(()), shifts[validation], scale),
+        validation_error=float(_error(experts(states[validation]).vector, shifts[validation], scale)),
+        mean_vector_error=float(_error(mean_vector, shifts[validation], scale)),
+        zero_error=float(_error(torch.zeros(()), shifts[validation], scale)),
     )
+
+
+def refuse_too_few(num_queries: int) -> None:
+    """Raise TrainingDataError where the pairs have too few different queries for a mixture."""
+    if num_queries < MIN_PAIRS:
+        raise TrainingDataError(
+            f"MoSE needs at least {MIN_PAIRS} pairs of different queries; there are {num_queries}. Add pairs, or train --method caa."
+        )
 
 
 CRITERIA = ("elbow", "silhouette", "calinski_harabasz")
@@ -148,7 +155,7 @@ def _prototypes(
 def elbow(inertias: dict[int, float]) -> dict[int, float]:
     """How far each K's inertia lies under the straight line between the first and the last, in units of their difference.
 
-    Source: Satopaa et al., "Finding a Kneedle in a Haystack", 2011, without its smoothing.
+    Source: Satopaa et al., "Finding a Kneedle in a Haystack", 2011, without its smoothing. The first and the last K have 0.
     """
     counts = sorted(inertias)
     first, last = counts[0], counts[-1]
@@ -231,16 +238,14 @@ def _train(
         for _ in range(options.epochs):
             total = 0.0
             for batch in training[torch.randperm(len(training))].split(options.batch_size):
-                residual = (experts(states[batch]).vector - shifts[batch]) / experts.shift_scale
-                fit = residual.square().sum(-1).mean()
-                loss = fit + options.regularisation * sum(p.square().sum() for p in parameters)
+                loss, fit = training_loss(experts, states[batch], shifts[batch], options.regularisation)
                 optimizer.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, options.clip)
                 optimizer.step()
                 total += float(fit.detach()) * len(batch)
             with torch.no_grad():
-                error = _error(experts(states[validation]).vector, shifts[validation], experts.shift_scale)
+                error = float(_error(experts(states[validation]).vector, shifts[validation], experts.shift_scale))
             curve.append((total / len(training), error))
             advance()
             if error < best_error:
@@ -248,6 +253,21 @@ def _train(
             elif (since := since + 1) > options.patience:
                 break
     return best, curve
+
+
+def training_loss(
+    experts: MixtureOfSteeringExperts, states: Tensor, shifts: Tensor, regularisation: float
+) -> tuple[Tensor, Tensor]:
+    """L = mean ‖v(h) − δ‖²/σ² + λ_reg ‖Θ‖², and its first term alone: two scalars, with gradients.
+
+    Source: FineSteer; its Θ is all that is trained: W_Q, W_K, the MLP with its biases and, where there is one, the value
+    projection, of which (W_V − I)C counts. Deviation: the error is in units of σ².
+    Args:
+        states, shifts: (N, d).
+    """
+    fit = _error(experts(states).vector, shifts, experts.shift_scale)
+    parameters = (getattr(experts, name) for name in _trained(experts))
+    return fit + regularisation * sum(p.square().sum() for p in parameters), fit
 
 
 @contextmanager
@@ -269,6 +289,6 @@ def _freeze(experts: MixtureOfSteeringExperts) -> MixtureOfSteeringExperts:
     return replace(experts, **{name: getattr(experts, name).detach().clone() for name in _trained(experts)})
 
 
-def _error(predicted: Tensor, shifts: Tensor, scale: float) -> float:
-    """mean ‖v − δ‖² / σ²."""
-    return float((predicted - shifts).square().sum(-1).mean() / scale**2)
+def _error(predicted: Tensor, shifts: Tensor, scale: float) -> Tensor:
+    """mean ‖v − δ‖² / σ², a scalar."""
+    return ((predicted - shifts) / scale).square().sum(-1).mean()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from steering.errors import TrainingDataError
 from steering.gate import QuantileGate, energy_ratio
-from steering.training.principal import Moments
+from steering.training.principal import CHUNK, Moments
 from steering.training.statistics import auc
 
 Centre = Literal["none", "general", "ir"]
@@ -76,22 +76,9 @@ def fit_gate(
     Raises:
         TrainingDataError: too few states, or a gate that cannot separate (AUC < 0.5) without `force`.
     """
-    smallest = min(len(ir_states), len(general_states))
-    if smallest < 2 * FOLDS:
-        raise TrainingDataError(
-            f"a gate needs at least {2 * FOLDS} IR and {2 * FOLDS} general queries; there are {len(ir_states)} and "
-            f"{len(general_states)}. Add queries."
-        )
-    highest = min(len(ir_states) * (FOLDS - 1) // FOLDS - 1, ir_states.shape[1] - 1)
-    if rank != "auto" and rank > highest:
-        raise TrainingDataError(
-            f"rank {rank} needs more than {len(ir_states)} IR queries or a wider model: at most {highest}."
-        )
-    if calibration_states is not None and int(tail * (len(calibration_states) + 1)) < 1:
-        needed = int(np.ceil(1 / tail)) - 1
-        raise TrainingDataError(
-            f"a tail of {tail} needs at least {needed} calibration queries; there are {len(calibration_states)}."
-        )
+    num_calibration = None if calibration_states is None else len(calibration_states)
+    refuse_too_few(len(ir_states), len(general_states), num_calibration, ir_states.shape[1], rank, tail)
+    highest = _highest_rank(len(ir_states), ir_states.shape[1])
     ranks = [r for r in RANKS if r <= highest] if rank == "auto" else [rank]
     centres = CENTRES if centre == "auto" else (centre,)
 
@@ -117,10 +104,37 @@ def fit_gate(
     mean = _centre(best.centre, ir_states, general_states)
     basis = moments.directions(mean, best.rank)
     ir_ratios, general_ratios = ratios[best.centre, best.rank]
-    calibration = ir_ratios if calibration_states is None else energy_ratio(calibration_states, mean, basis)
+    calibration = ir_ratios if calibration_states is None else energy_ratios(calibration_states, mean, basis)
     gate = QuantileGate(mean, basis, calibration.sort().values.contiguous(), tail, decay, floor)
     held_out = f"{FOLDS}-fold cross-fitting"
     return GateFit(gate, best.centre, best.rank, candidates, ir_ratios, general_ratios, held_out)
+
+
+def refuse_too_few(
+    num_ir: int, num_general: int, num_calibration: int | None, width: int, rank: int | Literal["auto"], tail: float
+) -> None:
+    """Raise TrainingDataError where there are too few queries for a gate, for its rank or for its threshold.
+
+    Args:
+        num_calibration: None where the threshold is set by the IR queries. width: d.
+    """
+    if min(num_ir, num_general) < 2 * FOLDS:
+        raise TrainingDataError(
+            f"a gate needs at least {2 * FOLDS} IR and {2 * FOLDS} general queries; there are {num_ir} and "
+            f"{num_general}. Add queries."
+        )
+    highest = _highest_rank(num_ir, width)
+    if rank != "auto" and rank > highest:
+        raise TrainingDataError(f"rank {rank} needs more than {num_ir} IR queries or a wider model: at most {highest}.")
+    if num_calibration is not None and int(tail * (num_calibration + 1)) < 1:
+        needed = int(np.ceil(1 / tail)) - 1
+        raise TrainingDataError(
+            f"a tail of {tail} needs at least {needed} calibration queries; there are {num_calibration}. Add queries."
+        )
+
+
+def _highest_rank(num_ir: int, width: int) -> int:
+    return min(num_ir * (FOLDS - 1) // FOLDS - 1, width - 1)
 
 
 def missed_out_of_sample(ratios: Tensor, tail: float, seed: int = 0) -> Tensor:
@@ -142,23 +156,35 @@ def _cross_fitted(
 ) -> dict[tuple[Centre, int], tuple[Tensor, Tensor]]:
     """Each state's energy ratio under a subspace and centre fitted without its fold: {(centre, rank): ((M,), (N,))}.
 
-    `moments`: all IR states'. Without a fold they are the difference, so that no product over all states is made twice.
+    `moments`: all IR states'. Without a fold they are the difference, so that no product over all states is made twice; and
+    no more of the states than a thousand rows is ever copied.
     """
     generator = torch.Generator().manual_seed(seed)
     ir_folds = torch.randperm(len(ir), generator=generator) % FOLDS
     general_folds = torch.randperm(len(general), generator=generator) % FOLDS
     ratios = {(c, r): (torch.empty(len(ir)), torch.empty(len(general))) for c in centres for r in ranks}
+    means = {"none": torch.zeros(FOLDS, ir.shape[1]), "ir": _means_without(ir, ir_folds)}
+    means["general"] = _means_without(general, general_folds)
     for fold in range(FOLDS):
-        held_out = [(states, folds == fold) for states, folds in ((ir, ir_folds), (general, general_folds))]
-        others = moments - Moments.of(ir[ir_folds == fold], moments.reference)
+        mine = [(folds == fold).nonzero()[:, 0] for folds in (ir_folds, general_folds)]
+        others = moments - Moments.of(ir, moments.reference, mine[0])
         for c in centres:
-            mean = _centre(c, ir[ir_folds != fold], general[general_folds != fold])
+            mean = means[c][fold]
             basis = others.directions(mean, max(ranks))
-            for side, (states, mine) in enumerate(held_out):
-                by_rank = _energy_ratios(states[mine], mean, basis, ranks)
-                for r in ranks:
-                    ratios[c, r][side][mine] = by_rank[r]
+            for side, states in enumerate((ir, general)):
+                for some in mine[side].split(CHUNK):
+                    by_rank = _energy_ratios(states[some], mean, basis, ranks)
+                    for r in ranks:
+                        ratios[c, r][side][some] = by_rank[r]
     return ratios
+
+
+def _means_without(states: Tensor, folds: Tensor) -> Tensor:
+    """The mean of the (n, d) states outside of each fold: (FOLDS, d) float32, by sums in float64."""
+    sums = torch.zeros(FOLDS, states.shape[1], dtype=torch.double)
+    for some, fold in zip(states.split(CHUNK), folds.split(CHUNK), strict=True):
+        sums.index_add_(0, fold, some.double())
+    return ((sums.sum(0) - sums) / (len(states) - folds.bincount(minlength=FOLDS))[:, None]).float()
 
 
 def _energy_ratios(states: Tensor, mean: Tensor, basis: Tensor, ranks: list[int]) -> dict[int, Tensor]:
@@ -167,6 +193,11 @@ def _energy_ratios(states: Tensor, mean: Tensor, basis: Tensor, ranks: list[int]
     inside = (centred @ basis).square().cumsum(-1)  # (N, R)
     total = centred.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
     return {r: (inside[:, r - 1] / total).clamp(max=1.0) for r in ranks}
+
+
+def energy_ratios(states: Tensor, mean: Tensor, basis: Tensor) -> Tensor:
+    """`energy_ratio` of many (N, d) states, a thousand at a time: (N,)."""
+    return torch.cat([energy_ratio(some, mean, basis) for some in states.split(CHUNK)])
 
 
 def _centre(centre: Centre, ir: Tensor, general: Tensor) -> Tensor:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
+import numpy as np
 import torch
 
 from steering.errors import TrainingDataError
-from steering.training.data import LabelledQuery, Pair, Query
+from steering.training.data import LabelledQuery, Pair, Query, bare
+from steering.training.on_disk import Rows, distinct
 
 SHARE, MOST = 0.1, 100
 LEAST = 5
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,8 @@ class HeldOut:
 
 
 def hold_out(
-    pairs: list[Pair], rows: dict[str, list[LabelledQuery]], seed: int
-) -> tuple[list[Pair], dict[str, list[LabelledQuery]], HeldOut]:
+    pairs: Rows[Pair], rows: dict[str, Rows[LabelledQuery]], seed: int
+) -> tuple[Rows[Pair], dict[str, Rows[LabelledQuery]], HeldOut]:
     """Set aside a tenth, at most `MOST`, of the pairs' queries, with all their pairs, and of the general queries.
 
     Args:
@@ -35,19 +36,20 @@ def hold_out(
     Raises:
         TrainingDataError: fewer than `LEAST` queries would be set aside.
     """
-    queries = _some(list(dict.fromkeys(pair.query for pair in pairs)), seed)
-    if len(queries) < LEAST:
+    queries = distinct(pairs.places["query"])[0]
+    chosen = pairs.take(_some(queries, seed))
+    if len(chosen) < LEAST:
         raise TrainingDataError(
             f"choosing the strength needs {LEAST / SHARE:.0f} different queries among the pairs, a tenth of which is set aside "
-            f"for it; there are {len({p.query for p in pairs})}. Add pairs, or give --strength a number."
+            f"for it; there are {len(queries)}. Add pairs, or give --strength a number."
         )
-    general = _some([row.query for row in rows["general"]], seed)
-    aside = {*queries, *general}
-    left = {name: [row for row in found if row.query not in aside] for name, found in rows.items()}
-    held = HeldOut([pair for pair in pairs if pair.query in aside], general)
-    return [pair for pair in pairs if pair.query not in aside], left, held
+    general = rows["general"].take(_some(np.arange(len(rows["general"])), seed))
+    aside = np.concatenate([chosen.places["query"], general.places["query"]])
+    left = {name: found.take(~np.isin(found.places["query"], aside)) for name, found in rows.items()}
+    mine = np.isin(pairs.places["query"], aside)
+    return pairs.take(~mine), left, HeldOut(list(pairs.take(mine)), list(bare(general)))
 
 
-def _some(items: list[T], seed: int) -> list[T]:
-    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [items[i] for i in sorted(order[: min(MOST, int(SHARE * len(items)))])]
+def _some(numbers: Sequence[int] | np.ndarray, seed: int) -> list[int]:
+    order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [int(numbers[i]) for i in sorted(order[: min(MOST, int(SHARE * len(numbers)))])]

@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from steering.errors import TrainingDataError
 from steering.experts import ConstantVector, Experts, MixtureOfSteeringExperts
-from steering.gate import AlwaysOpenGate, Gate, energy_ratio
+from steering.gate import AlwaysOpenGate, Gate
 from steering.manifest import ExpertsManifest, GateManifest
-from steering.training.data import LabelledQuery
 from steering.training.fit_alphasteer import CONSTANT_ERROR, fit_alphasteer
-from steering.training.fit_cast import fit_cast
+from steering.training.fit_cast import CastFit, fit_cast
 from steering.training.fit_experts import ExpertFit, fit_experts
-from steering.training.fit_gate import MIN_AUC, GateFit, fit_gate, missed_out_of_sample
+from steering.training.fit_gate import MIN_AUC, GateFit, energy_ratios, fit_gate, missed_out_of_sample
 from steering.training.options import TrainingOptions
+from steering.training.refusals import refuse_cancelling
 from steering.training.statistics import share
 
 
 @dataclass(frozen=True)
 class GatePart:
-    """A fitted gate. `auc` and `fire_rate` (on general queries) are held out, None without a gate; `fit` is SCS's only."""
+    """A fitted gate. `auc` and `fire_rate` (on general queries) are held out, None without a gate."""
 
     gate: Gate
     manifest: GateManifest
     metrics: dict[str, Any]
     auc: float | None = None
     fire_rate: float | None = None
-    fit: GateFit | None = None
+    fit: GateFit | CastFit | None = None
 
 
 @dataclass(frozen=True)
@@ -45,37 +45,21 @@ class ExpertsPart:
     fit: ExpertFit | None = None
 
 
-def refuse_senseless(options: TrainingOptions) -> None:
-    """Raise TrainingDataError where the method lacks a file that it cannot do without, or an option is not the method's."""
-    if options.method == "alphasteer" and not options.general:
-        raise TrainingDataError("alphasteer needs --general: queries on whose states its matrix is to do nothing.")
-    if options.method == "cast" and not options.ir:
-        raise TrainingDataError(
-            "cast needs --ir and --general: its condition is what tells the two apart. Without a condition it is --method caa."
-        )
-    if options.experts.variant != "standard" and options.method != "finesteer":
-        raise TrainingDataError(
-            f"--variant {options.experts.variant} is of --method finesteer; {options.method} has none."
-        )
-
-
-def make_gate(
-    states: dict[str, Tensor], ir: list[LabelledQuery], calibration: list[LabelledQuery], options: TrainingOptions
-) -> GatePart:
+def make_gate(states: Mapping[str, Tensor], sources: Mapping[str, Sequence[str]], options: TrainingOptions) -> GatePart:
     """The method's gate: none without IR queries and for AlphaSteer, CAST's for `cast`, SCS for all others.
 
     Args:
         states: of the queries, by "IR", "general" and "calibration", (n, d) each; a group without queries is missing.
+        sources: each query's, in the same groups.
     """
-    if not ir or options.method == "alphasteer":
+    if "IR" not in states or options.method == "alphasteer":
         return GatePart(AlwaysOpenGate(), GateManifest("always"), {})
-    return (_cast_gate if options.method == "cast" else _scs_gate)(states, ir, calibration, options)
+    judged = sources["calibration"] if "calibration" in states else sources["IR"]
+    return (_cast_gate if options.method == "cast" else _scs_gate)(states, judged, options)
 
 
-def _scs_gate(
-    states: dict[str, Tensor], ir: list[LabelledQuery], calibration: list[LabelledQuery], options: TrainingOptions
-) -> GatePart:
-    """Fit SCS and measure it: on general queries, and per source of IR queries."""
+def _scs_gate(states: Mapping[str, Tensor], judged: Sequence[str], options: TrainingOptions) -> GatePart:
+    """Fit SCS and measure it: on general queries, and per source of the IR queries that are `judged`."""
     fit = fit_gate(
         states["IR"],
         states["general"],
@@ -101,8 +85,7 @@ def _scs_gate(
         num_calibration=len(gate.calibration),
     )
     general_gates = gate.soft_gate(fit.general_ratios)
-    judged = calibration or ir
-    ratios = energy_ratio(states["calibration"], gate.mean, gate.basis) if calibration else fit.ir_ratios
+    ratios = energy_ratios(states["calibration"], gate.mean, gate.basis) if "calibration" in states else fit.ir_ratios
     missed = missed_out_of_sample(ratios, gate.tail, options.seed)
     metrics = {
         "auc": round(fit.chosen.auc, 4),
@@ -118,9 +101,7 @@ def _scs_gate(
     return GatePart(gate, manifest, metrics, fit.chosen.auc, fit.chosen.fire_rate, fit)
 
 
-def _cast_gate(
-    states: dict[str, Tensor], ir: list[LabelledQuery], calibration: list[LabelledQuery], options: TrainingOptions
-) -> GatePart:
+def _cast_gate(states: Mapping[str, Tensor], judged: Sequence[str], options: TrainingOptions) -> GatePart:
     """Fit CAST's condition and measure it likewise."""
     fit = fit_cast(states["IR"], states["general"], calibration_states=states.get("calibration"), seed=options.seed)
     _warn_of_poor_separation(fit.auc)
@@ -137,10 +118,10 @@ def _cast_gate(
         "held_out": fit.held_out,
         "general_fired": fired,
         "general_fully_open": fired,
-        "missed_by_source": _by_source(~fit.ir_fired, calibration or ir),
+        "missed_by_source": _by_source(~fit.ir_fired, judged),
         "comparison": [],
     }
-    return GatePart(fit.gate, manifest, metrics, fit.auc, fired["share"])
+    return GatePart(fit.gate, manifest, metrics, fit.auc, fired["share"], fit)
 
 
 def _warn_of_poor_separation(auc: float) -> None:
@@ -152,14 +133,14 @@ def _warn_of_poor_separation(auc: float) -> None:
         )
 
 
-def _by_source(missed: Tensor, queries: list[LabelledQuery]) -> dict[str, dict[str, float | int]]:
+def _by_source(missed: Tensor, sources: Sequence[str]) -> dict[str, dict[str, float | int]]:
     """The share missed of each source's queries."""
-    rows = {source: [q.source == source for q in queries] for source in sorted({q.source for q in queries})}
+    rows = {source: [other == source for other in sources] for source in sorted(set(sources))}
     return {source: share(int(missed[mine].sum()), sum(mine)) for source, mine in rows.items()}
 
 
 def make_experts(
-    states: dict[str, Tensor],
+    states: Mapping[str, Tensor],
     harmful: Tensor,
     pair_states: Tensor,
     deltas: Tensor,
@@ -175,9 +156,8 @@ def make_experts(
     """
     if options.method == "finesteer":
         return _mixture(pair_states, deltas, options, progress)
-    if options.method == "refusal_vector" and not harmful.any():
-        raise TrainingDataError('refusal_vector needs pairs with "side": "harmful"; the files have none.')
     chosen = harmful if options.method != "caa" and harmful.any() else torch.ones_like(harmful)
+    refuse_cancelling(options.method, deltas[chosen])
     vector = deltas[chosen].mean(0)
     if options.method != "alphasteer":
         return ExpertsPart(ConstantVector(vector), ExpertsManifest("constant"), {})

@@ -36,16 +36,16 @@ class Moments:
     gram: Tensor
 
     @classmethod
-    def of(cls, rows: Tensor, reference: Tensor) -> Moments:
-        """Of (n, d) rows of any float dtype, a thousand at a time; not modified."""
+    def of(cls, rows: Tensor, reference: Tensor, chosen: Tensor | None = None) -> Moments:
+        """Of (n, d) rows of any float dtype, or of the `chosen` ones by number, a thousand at a time; not modified."""
         reference = reference.double()
         d = rows.shape[1]
         total, gram = torch.zeros(d, dtype=torch.double), torch.zeros(d, d, dtype=torch.double)
-        for chunk in rows.split(CHUNK):
+        for chunk in rows.split(CHUNK) if chosen is None else (rows[some] for some in chosen.split(CHUNK)):
             moved = chunk.double() - reference
             total += moved.sum(0)
             gram.addmm_(moved.T, moved)
-        return cls(len(rows), reference, total, gram)
+        return cls(len(rows) if chosen is None else len(chosen), reference, total, gram)
 
     def __sub__(self, other: Moments) -> Moments:
         return Moments(self.count - other.count, self.reference, self.total - other.total, self.gram - other.gram)

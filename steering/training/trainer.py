@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,34 +19,47 @@ from steering.errors import TrainingDataError
 from steering.manifest import ModelReference, ProfileManifest
 from steering.profile import SteeringProfile
 from steering.training.cache import StateCache
-from steering.training.data import LabelledQuery, Pair, Query, file_record, read_pairs, read_queries, refuse_overlap
+from steering.training.data import Pair, file_record
+from steering.training.examples import Examples, read_examples
 from steering.training.extraction import query_states, shifts
+from steering.training.fit_cast import CastFit
 from steering.training.fit_experts import ExpertFit
 from steering.training.fit_gate import GateFit
-from steering.training.held_out import HeldOut, hold_out
+from steering.training.held_out import HeldOut
 from steering.training.layers import LayerScore, choose_layer
-from steering.training.methods import make_experts, make_gate, refuse_senseless
+from steering.training.methods import ExpertsPart, GatePart, make_experts, make_gate
+from steering.training.on_disk import Rows
 from steering.training.options import TrainingOptions
 from steering.training.progress import progress_bar
+from steering.training.refusals import refuse_constant
 
 
 @dataclass(frozen=True)
 class Training:
     """A trained profile, and what its report shows. `held_out`: what was set aside for choosing the strength, where that is
-    "auto"; the profile's is 1 until then. `pair_states`, `pair_shifts`: (N, d), a row for each distinct query
-    of the pairs (`pair_queries`). `options.layer` is the chosen one; `layers`: the candidates' scores, if there were several.
+    "auto"; the profile's is 1 until then. `pairs`, `pair_states`, `pair_shifts`, (N, d): one for each distinct query of the
+    pairs, and of its pairs the last. `options.layer` is the chosen one; `layers`: the candidates' scores, if there were several.
     """
 
     profile: SteeringProfile
     options: TrainingOptions
-    pairs: list[Pair]
-    pair_queries: list[Query]
+    pairs: Rows[Pair]
     pair_states: Tensor
     pair_shifts: Tensor
-    gate: GateFit | None
+    gate: GateFit | CastFit | None
     experts: ExpertFit | None
     layers: list[LayerScore] = field(default_factory=list)
     held_out: HeldOut | None = None
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """One layer's parts, and the (P, d) states and shifts of the pairs' queries that the experts were fitted to."""
+
+    gate: GatePart
+    experts: ExpertsPart
+    pair_states: Tensor
+    pair_shifts: Tensor
 
 
 QUICK_EPOCHS = 10  # of the experts that only compare layers
@@ -59,57 +76,33 @@ def train(
 ) -> Training:
     """Make a profile. The same inputs give the same numbers on the same machine.
 
+    The queries' texts stay in their files. Of the states one layer's are held: those of several pass through the cache's
+    folder, or a temporary one.
     Args:
-        model: a decoder, on any device and in any dtype; its attention must be one of transformers' own.
+        model: a decoder, on any device or devices and in any dtype; its attention must be one of transformers' own.
         model_id: how the manifest names the model; never an absolute path.
     Raises:
         TrainingDataError, ModelError.
     """
     num_layers = len(decoder_layers(model))
     layers = candidates(options.layer, num_layers)
-    pairs, bare_rows = read_examples(options)
-    held_out = None
-    if options.strength == "auto":
-        pairs, bare_rows, held_out = hold_out(pairs, bare_rows, options.seed)
-    ir, general, calibration = bare_rows.values()
-    bare = {name: [q.query for q in rows] for name, rows in bare_rows.items()}
-
+    examples = read_examples(options, text_config(model).hidden_size)
     common: dict[str, Any] = {"batch_tokens": options.batch_tokens, "progress": progress}
-    common["cache"] = StateCache(options.cache, model) if options.cache else None
-    pair_queries = list(dict.fromkeys(p.query for p in pairs))
-    wanted = list(dict.fromkeys([q for group in bare.values() for q in group] + pair_queries))
-    row = {query: i for i, query in enumerate(wanted)}  # IR queries are often the pairs' own: each is read once
-    read = query_states(model, tokenizer, wanted, layers, **common)  # (L, N, d)
-    pair_rows = [row[q] for q in pair_queries]
-    deltas = [_mean_by_query(d, pairs, pair_queries) for d in shifts(model, tokenizer, pairs, layers, **common)]
-    harmful = {p.query for p in pairs if p.side == "harmful"}
-    harmful_rows = torch.tensor([q in harmful for q in pair_queries])
-
-    def gate_states(index: int) -> dict[str, Tensor]:
-        return {name: read[index, [row[q] for q in queries]] for name, queries in bare.items() if queries}
-
-    scores: list[LayerScore] = []
-    if len(layers) > 1:
-        quick = replace(
-            options, force=True, experts=replace(options.experts, epochs=min(QUICK_EPOCHS, options.experts.epochs))
-        )
-        with progress_bar("layers", len(layers), progress) as advance, warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # the chosen layer's are given below
-            for i, layer in enumerate(layers):
-                gate = make_gate(gate_states(i), ir, calibration, quick)
-                experts = make_experts(gate_states(i), harmful_rows, read[i, pair_rows], deltas[i], quick, False)
-                scores.append(LayerScore(layer, gate.auc, gate.fire_rate, experts.validation_error))
-                advance()
-        options = replace(options, layer=choose_layer(scores, len(ir), len(general)).layer)
-    else:
-        options = replace(options, layer=layers[0])
-    index = layers.index(options.layer)
-
-    states = gate_states(index)
-    gate = make_gate(states, ir, calibration, options)
-    pair_states, pair_shifts = read[index, pair_rows], deltas[index]
-    experts = make_experts(states, harmful_rows, pair_states, pair_shifts, options, progress)
-
+    with _cache(options, model, len(layers)) as common["cache"]:
+        site = layers if len(layers) > 1 else layers[0]
+        states = query_states(model, tokenizer, examples.queries, site, **common)
+        deltas = shifts(model, tokenizer, examples.pairs, site, number=examples.pair_number, **common)
+        scores: list[LayerScore] = []
+        if len(layers) > 1:
+            scores = _compare(layers, states, deltas, examples, options, progress)
+            counts = (len(examples.groups[name]) for name in ("IR", "general"))
+            options = replace(options, layer=choose_layer(scores, *counts).layer)
+            index = layers.index(options.layer)
+            states, deltas = states[index], deltas[index]
+        else:
+            options = replace(options, layer=layers[0])
+    fit = _fit(states, deltas, examples, options, progress)
+    gate, experts = fit.gate, fit.experts
     manifest = ProfileManifest(
         name=options.name,
         method=options.method,
@@ -127,28 +120,63 @@ def train(
         experts=experts.manifest,
         tensors_sha256="",
         description=options.description,
-        training=_record(options, pairs, bare, command),
+        training=_record(options, examples, command),
         metrics={"gate": gate.metrics, "experts": experts.metrics}
         | ({"layers": [asdict(score) for score in scores]} if scores else {}),
     )
     profile = SteeringProfile(manifest, gate.gate, experts.experts, weight_probe(model))
     return Training(
-        profile, options, pairs, pair_queries, pair_states, pair_shifts, gate.fit, experts.fit, scores, held_out
+        profile,
+        options,
+        examples.last_pairs,
+        fit.pair_states,
+        fit.pair_shifts,
+        gate.fit,
+        experts.fit,
+        scores,
+        examples.held_out,
     )
 
 
-def read_examples(options: TrainingOptions) -> tuple[list[Pair], dict[str, list[LabelledQuery]]]:
-    """The pairs, and the queries as "IR", "general" and "calibration", in this order. Raises TrainingDataError."""
-    if options.ir and not options.general:
-        raise TrainingDataError("--ir needs --general: a gate is chosen by how well it tells the two apart.")
-    refuse_senseless(options)
-    pairs = read_pairs(options.pairs)
-    names = {"IR": options.ir, "general": options.general, "calibration": options.calibration}
-    rows = {name: read_queries(paths) for name, paths in names.items()}
-    bare = {name: [q.query for q in found] for name, found in rows.items()}
-    refuse_overlap(bare)
-    refuse_overlap({"pair": [p.query for p in pairs], "calibration": bare["calibration"]})
-    return pairs, rows
+@contextmanager
+def _cache(options: TrainingOptions, model: PreTrainedModel, num_layers: int) -> Iterator[StateCache | None]:
+    """The options' cache; for several layers there must be one, if only for the while."""
+    if options.cache is not None or num_layers == 1:
+        yield StateCache(options.cache, model) if options.cache else None
+        return
+    with TemporaryDirectory(prefix="finesteer-") as folder:
+        yield StateCache(Path(folder), model)
+
+
+def _fit(states: Tensor, deltas: Tensor, examples: Examples, options: TrainingOptions, progress: bool) -> _Fit:
+    """One layer's gate and experts from (N, d) states of the queries and (P, d) shifts."""
+    groups, pair_states = examples.states_of_groups(states), examples.states_of_pairs(states)
+    refuse_constant(groups)
+    gate = make_gate(groups, examples.sources, options)
+    experts = make_experts(groups, examples.harmful, pair_states, deltas, options, progress)
+    return _Fit(gate, experts, pair_states, deltas)
+
+
+def _compare(
+    layers: list[int],
+    states: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    examples: Examples,
+    options: TrainingOptions,
+    progress: bool,
+) -> list[LayerScore]:
+    """Each layer's score, from a quick fit."""
+    epochs = min(QUICK_EPOCHS, options.experts.epochs)
+    quick = replace(options, force=True, experts=replace(options.experts, epochs=epochs))
+    scores = []
+    with progress_bar("layers", len(layers), progress) as advance, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the chosen layer's are given when it is fitted
+        for i, layer in enumerate(layers):
+            fit = _fit(states[i], deltas[i], examples, quick, False)
+            scores.append(LayerScore(layer, fit.gate.auc, fit.gate.fire_rate, fit.experts.validation_error))
+            del fit  # before the next layer's states are read
+            advance()
+    return scores
 
 
 def candidates(layer: int | tuple[int, ...] | str, num_layers: int) -> list[int]:
@@ -160,28 +188,17 @@ def candidates(layer: int | tuple[int, ...] | str, num_layers: int) -> list[int]
     return layers
 
 
-def _mean_by_query(deltas: Tensor, pairs: list[Pair], queries: list[Query]) -> Tensor:
-    """One shift for each query, the mean over its paraphrased answers: (P, d) → (N, d).
-
-    Otherwise paraphrases of one query would lie on both sides of the validation split, and its error be no evidence.
-    """
-    number = {query: i for i, query in enumerate(queries)}
-    index = torch.tensor([number[pair.query] for pair in pairs])
-    total = torch.zeros(len(queries), deltas.shape[1]).index_add_(0, index, deltas)
-    return total / index.bincount(minlength=len(queries))[:, None]
-
-
-def _record(options: TrainingOptions, pairs: list[Pair], bare: dict[str, list], command: str) -> dict[str, Any]:
+def _record(options: TrainingOptions, examples: Examples, command: str) -> dict[str, Any]:
     """What it takes to make the profile again."""
     return {
         "command": command,
         "seed": options.seed,
         "versions": {"torch": torch.__version__},
         "data": {
-            "pairs": file_record(options.pairs, len(pairs)),
+            "pairs": file_record(options.pairs, len(examples.pairs)),
             **{
                 name: file_record(getattr(options, name.lower()), len(rows))
-                for name, rows in bare.items()
+                for name, rows in examples.groups.items()
                 if getattr(options, name.lower())
             },
         },

@@ -67,12 +67,20 @@ def residual_coefficients(
 
 
 def steering_vector(state: Array, e: dict[str, Array], scale: float) -> Array:
-    """v(h) = σ(Σ α_k c_k + U_res β): `e` names the experts' arrays as a profile does."""
+    """v(h) = σ(W_V Σ α_k c_k + U_res β): `e` names the experts' arrays as a profile does; W_V is I where it has none."""
     z = standardise(state, e["input_mean"], e["input_std"])
     weights = routing(z, e["prototypes"], e["query_projection"], e["key_projection"])
     beta = residual_coefficients(z, e["hidden_weight"], e["hidden_bias"], e["output_weight"], e["output_bias"])
     mixed = sum(weight * prototype for weight, prototype in zip(weights, e["prototypes"], strict=True))
+    if "value_projection" in e:
+        mixed = value_matrix(e["prototypes"], e["value_projection"]) @ mixed
     return scale * (mixed + e["residual_basis"] @ beta)
+
+
+def value_matrix(prototypes: Array, offsets: Array) -> Array:
+    """The (d, d) matrix W_V that a profile's `value_projection` stands for: W_V c_k = c_k + its k-th row, and the identity on all
+    that is orthogonal to the prototypes."""
+    return np.eye(prototypes.shape[1]) + (np.linalg.pinv(prototypes) @ offsets).T
 
 
 def intervene(hidden_states: Array, strength: float, gate_value: float, vector: Array) -> Array:
@@ -86,3 +94,63 @@ def fitting_error(states: Array, shifts: Array, e: dict[str, Array], scale: floa
         float(np.sum((steering_vector(h, e, scale) - delta) ** 2)) for h, delta in zip(states, shifts, strict=True)
     ]
     return sum(errors) / len(errors) / scale**2
+
+
+FROZEN = {"prototypes", "residual_basis", "input_mean", "input_std"}
+
+
+def training_loss(states: Array, shifts: Array, e: dict[str, Array], scale: float, regularisation: float) -> float:
+    """mean ‖v(h) − δ‖²/σ² + λ_reg ‖Θ‖², Θ being all of the experts' arrays but the frozen ones."""
+    squares = sum(float(number) ** 2 for name in e.keys() - FROZEN for number in e[name].flat)
+    return fitting_error(states, shifts, e, scale) + regularisation * squares
+
+
+def inertia(rows: Array, labels: Array) -> float:
+    """Σ ‖x − its cluster's mean‖²."""
+    return sum(float(np.sum((rows[labels == k] - rows[labels == k].mean(0)) ** 2)) for k in set(labels.tolist()))
+
+
+def calinski_harabasz(rows: Array, labels: Array) -> float:
+    """Scatter between the clusters over that within, each by its degrees of freedom."""
+    count, within = len(set(labels.tolist())), inertia(rows, labels)
+    between = inertia(rows, np.zeros(len(rows))) - within
+    return (between / (count - 1)) / (within / (len(rows) - count))
+
+
+def silhouette(rows: Array, labels: Array) -> float:
+    """The mean of (b − a)/max(a, b): a, a row's mean distance to the others of its cluster; b, to the nearest other one's."""
+    found = []
+    for i, row in enumerate(rows):
+        distances = np.sqrt(np.sum((rows - row) ** 2, axis=1))
+        means = {
+            k: distances[(labels == k) & (np.arange(len(rows)) != i)].mean()
+            for k in set(labels.tolist())
+            if k != labels[i] or np.sum(labels == k) > 1
+        }
+        own = means.pop(labels[i], None)
+        nearest = min(means.values())
+        found.append(0.0 if own is None else (nearest - own) / max(nearest, own))
+    return sum(found) / len(found)
+
+
+def elbow(inertias: dict[int, float]) -> dict[int, float]:
+    """How far each point of the curve, brought into the unit square, lies under the line between its first and last."""
+    x = (np.array(list(inertias)) - min(inertias)) / (max(inertias) - min(inertias))
+    y = np.array(list(inertias.values()))
+    y = (y - y[-1]) / (y[0] - y[-1])
+    return dict(zip(inertias, (1 - x) - y, strict=True))
+
+
+def median_choice(scores: dict[str, dict[int, float]]) -> int:
+    """The median over the criteria of the K where each is highest: of three."""
+    [_, middle, _] = sorted(max(of_k, key=of_k.__getitem__) for of_k in scores.values())
+    return middle
+
+
+def centroids(rows: Array, labels: Array) -> Array:
+    return np.array([rows[labels == k].mean(0) for k in sorted(set(labels.tolist()))])
+
+
+def outside_span(rows: Array, prototypes: Array) -> Array:
+    """What least squares over the prototypes leaves of each row."""
+    return rows - np.linalg.lstsq(prototypes.T, rows.T, rcond=None)[0].T @ prototypes

@@ -6,11 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import normalizers
 
 from steering.architecture import decoder_layers
 from steering.errors import ModelError, TrainingDataError
 from steering.training.data import Pair, Query
-from steering.training.extraction import answer_states, batches_by_length, query_states, shifts
+from steering.training.extraction import batches_by_length, query_states, shifts
 from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
 
 TEXTS = ["Hi", "How do I steer a model with a vector?", "a", "the quick brown fox jumps over the lazy dog " * 2, "why?"]
@@ -43,13 +44,20 @@ def test_query_states_equal_single_rows_through_the_whole_model(family, layer):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_answer_states_average_the_answers_own_tokens(family):
-    model, tokenizer, wanted = tiny_model(family), tiny_tokenizer(), []
-    for text, answer in zip(TEXTS, ANSWERS, strict=True):
+def test_shifts_are_differences_of_means_over_the_answers_own_tokens(family):
+    model, tokenizer = tiny_model(family), tiny_tokenizer()
+
+    def mean(text, answer):
         before, after = prompt(tokenizer, text), tokenizer.encode(answer, add_special_tokens=False)
-        wanted.append(alone(model, before + after, 1)[len(before) :].mean(0))
-    found = answer_states(model, tokenizer, queries(), ANSWERS, 1)
-    torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-4, atol=1e-4)
+        return alone(model, before + after, 1)[len(before) :].mean(0)
+
+    others = ANSWERS[1:] + ANSWERS[:1]
+    pairs = [Pair(q, a, b) for q, a, b in zip(queries(), ANSWERS, others, strict=True)]
+    wanted = torch.stack([mean(t, a) - mean(t, b) for t, a, b in zip(TEXTS, ANSWERS, others, strict=True)])
+    torch.testing.assert_close(shifts(model, tokenizer, pairs, 1), wanted, rtol=1e-4, atol=1e-4)
+    number = torch.tensor([1, 0, 1, 2, 1])
+    averaged = torch.stack([wanted[number == i].mean(0) for i in range(3)])
+    torch.testing.assert_close(shifts(model, tokenizer, pairs, 1, number=number), averaged, rtol=1e-4, atol=1e-4)
 
 
 def test_shifts_are_preferred_minus_undesired():
@@ -85,6 +93,22 @@ def test_batches_hold_every_row_once_within_the_budget(lengths, budget):
 def test_a_row_beyond_the_models_positions_is_refused_by_its_line():
     with pytest.raises(TrainingDataError, match=r"t:0: \d+ tokens .* 32 positions"):
         query_states(tiny_model(max_position_embeddings=32), tiny_tokenizer(), queries(["long " * 40]), 1)
+
+
+def test_states_that_are_not_numbers_are_refused():
+    model = tiny_model()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:] = float("inf")
+    with pytest.raises(ModelError, match=r"not finite numbers in torch.float32, for one at t:.*--dtype"):
+        query_states(model, tiny_tokenizer(), queries(), 1)
+
+
+def test_an_answer_without_tokens_is_refused_by_its_line():
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("b", "")
+    pairs = [Pair(q, "x", a) for q, a in zip(queries(), ANSWERS, strict=True)]
+    with pytest.raises(TrainingDataError, match="t:3: the undesired answer has no tokens"):
+        shifts(tiny_model(), tokenizer, pairs, 1)
 
 
 def test_a_tokenizer_without_chat_template_and_an_impossible_layer_are_refused():

@@ -59,12 +59,35 @@ def test_batched_equals_alone_and_bfloat16_states_are_computed_in_float32(expert
     torch.testing.assert_close(low, experts(states.bfloat16().float()).vector)
 
 
-def test_one_expert_without_residual_is_its_centroid_times_the_scale():
+def test_one_expert_without_residual_is_its_centroid_times_the_scale_and_with_either_it_is_not():
+    states = drawn(3, 4, 64)
     profile = tiny_profile(tiny_model(), num_prototypes=1, residual_rank=0)
-    found = profile.experts(drawn(3, 4, 64))
+    found = profile.experts(states)
     wanted = profile.experts.shift_scale * profile.experts.prototypes[0]
     torch.testing.assert_close(found.vector, wanted.expand(4, -1))
     assert (found.residual_norm == 0).all() and (found.routing == 1).all()
+    for num_prototypes, residual_rank in ((1, 4), (2, 0)):
+        more = tiny_profile(tiny_model(), num_prototypes=num_prototypes, residual_rank=residual_rank).experts
+        found = more(states).vector
+        assert (found - more.shift_scale * more.prototypes[0]).abs().max() > 1e-2
+        assert (found - found[0]).abs().max() > 1e-2  # and it depends on the query
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 1e4])  # 1e4 saturates the softmax
+def test_routing_sums_to_one_so_that_experts_that_are_alike_are_one_expert_and_scores_alone_do_not(experts, spread):
+    """The sum as it counts: with all values the same c, v is σc whatever the query, to rounding."""
+    states = experts.input_mean + spread * experts.input_std * drawn(6, 9, 64)
+    routing = experts.routing(states)
+    torch.testing.assert_close(routing.sum(-1), torch.ones(9), atol=1e-6, rtol=0)
+    assert ((routing >= 0) & (routing <= 1)).all()
+    no_residual = replace(experts, output_weight=0 * experts.output_weight, output_bias=0 * experts.output_bias)
+    alike = replace(no_residual, value_projection=experts.prototypes[:1] - experts.prototypes)
+    wanted = (experts.shift_scale * experts.prototypes[0]).expand(9, -1)
+    torch.testing.assert_close(alike(states).vector, wanted, atol=1e-4, rtol=1e-5)
+    assert (no_residual(states).vector - wanted).abs().max() > 1e-2
+    keys, z = experts.prototypes @ experts.key_projection.T, (states - experts.input_mean) / experts.input_std
+    scores = z @ experts.query_projection.T @ keys.T / len(experts.key_projection) ** 0.5
+    assert (torch.sigmoid(scores).sum(-1) - 1).abs().max() > 1e-2  # as independent gates in place of a softmax would
 
 
 def test_nan_passes_through_and_another_width_is_refused(experts):
@@ -182,6 +205,51 @@ def test_elbow_is_where_the_curve_lies_deepest_under_its_chord():
     assert elbow({4: 10.0, 5: 2.0, 6: 1.0, 7: 0.0}) == pytest.approx({4: 0, 5: 0.8 - 1 / 3, 6: 0.9 - 2 / 3, 7: 0})
     assert elbow({4: 3.0, 5: 2.0, 6: 1.0}) == pytest.approx({4: 0, 5: 0, 6: 0})  # a straight line has none
     assert elbow({4: 1.0}) == {4: 0.0}
+
+
+RADIUS = 4.0
+
+
+def clustered(clusters, seed, count=240, d=24, noise=0.4):
+    """Shifts of length `RADIUS` in as many random directions, and the margin: the smallest, over all shifts, of the distance to
+    the nearest other centre less that to the own one."""
+    centres = RADIUS * torch.nn.functional.normalize(drawn(seed, clusters, d), dim=-1)
+    which = torch.arange(count) % clusters
+    shifts = centres[which] + noise * drawn(seed + 1, count, d)
+    distances = torch.cdist(shifts, centres)
+    own = torch.nn.functional.one_hot(which, clusters).bool()
+    margin = (distances.masked_fill(own, torch.inf).amin(-1) - distances[own]).min()
+    return drawn(seed + 2, count, d), shifts, which, float(margin)
+
+
+@pytest.mark.parametrize("clusters", range(4, 11))
+def test_planted_clusters_are_counted_and_found_by_both_variants(clusters):
+    """The elbow alone is blind at both ends of the range, where its curve is 0 by its making; so it is the median that counts."""
+    for seed in (0, 10, 20):
+        states, shifts, which, margin = clustered(clusters, 100 * clusters + seed)
+        assert margin > 0.15 * RADIUS  # else nothing is planted
+        for variant, criteria in (("standard", 1), ("orthogonal_residual", 3)):
+            fit = fit_experts(states, shifts, ExpertOptions(variant=variant, epochs=1))
+            assert len(fit.experts.prototypes) == clusters
+            assert len({(int(k), int(c)) for k, c in zip(which, fit.clusters, strict=True)}) == clusters
+            assert len(fit.choices) == criteria and fit.choices["calinski_harabasz"] == clusters
+            assert max(fit.cluster_scores.values()) > 90
+        assert fit.choices["silhouette"] == clusters and max(fit.criteria["silhouette"].values()) > 0.45
+        if 5 <= clusters <= 8:
+            assert fit.choices["elbow"] == clusters and max(fit.criteria["elbow"].values()) > 0.3
+        assert fit.criteria["elbow"][4] == fit.criteria["elbow"][10] == 0
+
+
+@pytest.mark.parametrize("seed", [0, 10, 20])
+def test_where_no_clusters_are_planted_no_number_of_them_stands_out(seed):
+    """The negative control of the test above, on the same sizes: every criterion is several times lower."""
+    fit = fit_experts(
+        drawn(seed, 240, 24), drawn(seed + 1, 240, 24), ExpertOptions(variant=ORTHOGONAL.variant, epochs=1)
+    )
+    highest = {name: max(scores.values()) for name, scores in fit.criteria.items()}
+    assert highest["calinski_harabasz"] < 12 and highest["silhouette"] < 0.06 and highest["elbow"] < 0.2
+    lengths_gone = fit_experts(drawn(seed, 240, 24), drawn(seed + 1, 240, 24), ExpertOptions(epochs=1))
+    assert max(lengths_gone.cluster_scores.values()) < 12
 
 
 def test_where_the_query_tells_nothing_the_mixture_cannot_beat_the_mean_vector():

@@ -40,13 +40,47 @@ def test_energy_ratio_is_a_share_and_equals_float64_numpy(seed, rank):
     assert ((found >= 0) & (found <= 1)).all()
 
 
-def test_energy_ratio_knows_no_scale_about_the_centre_and_no_basis_of_the_subspace_but_does_know_the_centre():
-    states, mean, basis = drawn(1, 5, D), drawn(2, D), orthonormal(3, 4)
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, D - 1), st.floats(0.01, 100))
+def test_energy_ratio_is_left_alone_by_what_it_should_be(seed, rank, factor):
+    """Another basis of the subspace, one rotation of everything, one of the state within the subspace or within what is
+    orthogonal to it, and a scale about the centre."""
+    states, mean, basis = 3 * drawn(seed, 5, D), drawn(seed + 1, D), orthonormal(seed + 2, rank)
     ratio = energy_ratio(states, mean, basis)
-    torch.testing.assert_close(energy_ratio(mean + 7 * (states - mean), mean, basis), ratio)
-    torch.testing.assert_close(energy_ratio(states, mean, basis @ orthonormal(4, 4, 4)), ratio)
-    assert (energy_ratio(states, mean + 1, basis) - ratio).abs().max() > 1e-2
-    assert (energy_ratio(states, mean, orthonormal(5, 4)) - ratio).abs().max() > 1e-2
+    inner, turn, outer = (
+        orthonormal(seed + 3, rank, rank),
+        orthonormal(seed + 4, D),
+        orthonormal(seed + 5, D - rank, D - rank),
+    )
+    complement = torch.linalg.svd(basis).U[:, rank:]
+    centred = states - mean
+    within = centred @ basis @ inner @ basis.T + centred @ complement @ outer @ complement.T
+    for same in (
+        energy_ratio(states, mean, basis @ inner),
+        energy_ratio(states @ turn.T, turn @ mean, turn @ basis),
+        energy_ratio(mean + within, mean, basis),
+        energy_ratio(mean + factor * centred, mean, basis),
+        energy_ratio(mean - centred, mean, basis),
+    ):
+        torch.testing.assert_close(same, ratio, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("rank", [1, 4, D - 1])
+def test_energy_ratio_is_changed_by_what_should_change_it(rank):
+    """The same moves, each with a part left out."""
+    states, mean, basis = 3 * drawn(1, 5, D), drawn(2, D), orthonormal(3, rank)
+    ratio, turn = energy_ratio(states, mean, basis), orthonormal(4, D)
+    for other in (
+        energy_ratio(states @ turn.T, mean, basis),  # the state alone turned, out of the subspace and into it
+        energy_ratio(states @ turn.T, turn @ mean, basis),
+        energy_ratio(states @ turn.T, mean, turn @ basis),
+        energy_ratio(states, mean, turn @ basis),
+        energy_ratio(7 * states, mean, basis),  # scale about the origin
+        energy_ratio(states + 1, mean, basis),
+        energy_ratio(states, mean + 1, basis),
+        energy_ratio(states, mean, 0.5 * basis),
+    ):
+        assert (other - ratio).abs().max() > 1e-2
 
 
 def test_energy_ratio_is_one_inside_zero_outside_and_zero_at_the_centre():
@@ -55,6 +89,8 @@ def test_energy_ratio_is_one_inside_zero_outside_and_zero_at_the_centre():
     torch.testing.assert_close(energy_ratio(inside, torch.zeros(D), full[:, :3]), torch.ones(4))
     torch.testing.assert_close(energy_ratio(outside, torch.zeros(D), full[:, :3]), torch.zeros(4))
     assert energy_ratio(torch.zeros(1, D), torch.zeros(D), full[:, :3]) == 0
+    twice = full[:, [0, 1, 2, 0, 1, 2]]  # of columns that are not orthonormal it would be no share
+    torch.testing.assert_close((inside @ twice).square().sum(-1) / inside.square().sum(-1), torch.full((4,), 2.0))
 
 
 @settings(max_examples=60, deadline=None)

@@ -29,6 +29,17 @@ def assert_orthonormal(basis):
     torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1]), atol=2e-6, rtol=0)
 
 
+def test_what_checks_for_orthonormal_columns_sees_a_length_and_an_angle_that_are_slightly_off():
+    basis = torch.linalg.qr(drawn(11, WIDE, 6)).Q
+    assert_orthonormal(basis)
+    longer, tilted = basis.clone(), basis.clone()
+    longer[:, 2] *= 1 + 1e-5
+    tilted[:, 2] += 1e-5 * basis[:, 4]
+    for other in (longer, tilted):
+        with pytest.raises(AssertionError, match="not close"):
+            assert_orthonormal(other)
+
+
 @pytest.mark.parametrize("width", [40, WIDE])
 @pytest.mark.parametrize("count", [90, 1500])
 def test_about_any_centre_they_are_the_singular_vectors_of_the_centred_rows(width, count):

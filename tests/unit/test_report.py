@@ -7,11 +7,17 @@ import re
 import shutil
 from html.parser import HTMLParser
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from server.cli import app
+from steering.gate import CosineGate
 from steering.profile import SteeringProfile
+from steering.report.evidence import MAX_SCORES, _some, load
+from steering.report.figures import figures, missed_and_fired
 from tests.lab import make_lab, train
 
 VOID = {"meta", "br", "path", "use", "image", "stop"}
@@ -138,13 +144,71 @@ def test_no_examples_leaves_no_training_text_in_the_folder(lab, tmp_path):
     assert "left out of this report, by choice" in text and "a &amp; b" in text
 
 
-@pytest.mark.parametrize(("method", "num_figures"), [("caa", 3), ("refusal_vector", 3), ("cast", 0), ("alphasteer", 0)])
+@pytest.mark.parametrize(("method", "num_figures"), [("caa", 3), ("refusal_vector", 3), ("cast", 3), ("alphasteer", 0)])
 def test_a_baseline_has_its_own_sections_only(lab, tmp_path, method, num_figures):
     assert train(lab, tmp_path / "p", "--method", method).exit_code == 0
     text = (tmp_path / "p" / "report.html").read_text()
     Page(text)
     assert text.count("<svg") == num_figures and "What each expert" not in text and "None" not in text
     assert ("condition vector" in text) == (method == "cast") and ("has no gate" in text) == (method == "alphasteer")
+    assert ("Energy ratio" in text and "falling softly" in text) == (method not in ("cast", "alphasteer"))
+    assert ("<th>F1</th>" in text) == (method == "cast") and ("<th>AUC</th>" in text) == (method != "alphasteer")
+
+
+def test_casts_figures_show_what_its_gate_does(lab, tmp_path):
+    """The similarities, the threshold with its open side, and F1, whose highest point is the one in the manifest."""
+    few = tmp_path / "general.jsonl"
+    few.write_text("".join((lab / "general.jsonl").read_text().splitlines(keepends=True)[:40]))
+    assert train(lab, tmp_path / "p", "--method", "cast", general=few).exit_code == 0
+    manifest, evidence = SteeringProfile.load(tmp_path / "p").manifest, load(tmp_path / "p")
+    spec, metrics = manifest.gate, manifest.metrics["gate"]
+    assert (
+        len(evidence["gate"]["ir"]) == metrics["missed_by_source"]["calibration"]["n"] == 60
+    )  # kept apart by --calibration
+    assert len(evidence["gate"]["general"]) == metrics["general_fired"]["n"] == 40
+    drawn = figures(manifest, evidence)
+    assert list(drawn) == ["similarity", "roc", "threshold"]
+    axes = {name: plt.figure().add_subplot() for name in drawn}
+    for name, draw in drawn.items():
+        draw(axes[name])
+    labels = [text.get_text() for text in axes["similarity"].get_legend().get_texts()]
+    assert f"gate open ({spec.direction})" in labels and f"threshold {spec.threshold:.3f}" in labels
+    lines = {line.get_label(): line.get_data() for line in axes["threshold"].get_lines()}
+    cuts, f1 = lines["F1"]
+    assert f1.max() == pytest.approx(metrics["f1"], abs=1e-3)
+    assert f1[np.abs(cuts - spec.threshold).argmin()] == f1.max() > f1.min() + 0.05
+    [point] = axes["roc"].collections[0].get_offsets()
+    chosen = np.abs(cuts - spec.threshold).argmin()
+    assert tuple(point) == (lines["missed"][1][chosen], lines["fired on general"][1][chosen])
+    plt.close("all")
+
+
+@pytest.mark.parametrize("direction", ["above", "below"])
+def test_missed_and_fired_are_the_gates_own_counts(direction):
+    generator = np.random.default_rng(0)
+    gate = {"ir": (generator.integers(0, 9, 30) / 8).tolist(), "general": (generator.integers(0, 7, 50) / 8).tolist()}
+    cuts = np.array([-np.inf, *(np.arange(-3, 36) / 32), np.inf])  # ties, and what lies between
+    missed, fired = missed_and_fired(gate, cuts, direction)
+    for cut, m, f in zip(cuts, missed, fired, strict=True):
+        opens = CosineGate(torch.ones(1), float(cut), direction).hard_gate
+        assert m == pytest.approx(1 - float(opens(torch.tensor(gate["ir"])).mean()), abs=1e-6)
+        assert f == pytest.approx(float(opens(torch.tensor(gate["general"])).mean()), abs=1e-6)
+    other = missed_and_fired(gate, cuts, "below" if direction == "above" else "above")
+    assert np.abs(other[0] - missed).max() > 0.5
+
+
+def test_the_entropys_caption_says_that_training_queries_are_in_it(folder):
+    text = "".join(Page((folder / "report.html").read_text()).text)
+    evidence = json.loads((folder / "evidence.json").read_text())["experts"]
+    assert len(evidence["entropy"]) == sum(SteeringProfile.load(folder).manifest.metrics["experts"]["cluster_sizes"])
+    assert "all pairs' queries, most of which trained it" in text
+
+
+@pytest.mark.parametrize("count", [9_000, 30_000])
+def test_of_many_scores_the_evidence_keeps_evenly_spaced_ones_with_both_ends(count):
+    kept = _some(torch.arange(count), MAX_SCORES)
+    assert len(kept) == min(count, MAX_SCORES) and kept[0] == 0 and kept[-1] == count - 1
+    assert kept.diff().max() - kept.diff().min() <= 1
 
 
 def test_the_second_variants_report_is_as_whole_as_the_firsts(lab, tmp_path):

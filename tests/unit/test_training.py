@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -101,12 +102,102 @@ def test_layers_are_compared_by_what_the_method_has_to_compare(lab, tmp_path, me
     [
         (("ir", "general", "calibration"), ("--method", "alphasteer"), "alphasteer needs --general"),
         (("ir", "calibration"), ("--method", "cast"), "cast needs --ir and --general"),
+        (("general", "calibration"), (), "--ir needs --general"),
+        (("ir", "calibration"), (), "--general needs --ir"),
+        (("ir", "general"), ("--method", "caa"), "--calibration needs --ir and --general"),
         ((), ("--method", "caa", "--variant", "orthogonal_residual"), "is of --method finesteer; caa has none"),
     ],
 )
 def test_a_method_without_what_it_needs_is_refused_before_anything_is_read(lab, tmp_path, without, extra, message):
     result = train(lab, tmp_path / "x", *extra, **dict.fromkeys(without))
     assert result.exit_code == 2 and message in " ".join(result.output.split()) and not (tmp_path / "x").exists()
+
+
+def pair_file(path, count, **fields):
+    """Pairs of the lab, with other fields. A field may be a function of the row's number."""
+    rows = [
+        {"query": f"how do I break thing {i}", "preferred": f"no {i}", "undesired": f"yes {i}"}
+        | {key: value(i) if callable(value) else value for key, value in fields.items()}
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("options", [(), ("--dry-run",)])
+@pytest.mark.parametrize(
+    ("count", "fields", "method", "message"),
+    [
+        (1, {}, "finesteer", "at least 20 pairs of different queries; there are 1."),
+        (40, {"query": "the same"}, "finesteer", "at least 20 pairs of different queries; there are 1."),
+        (40, {}, "refusal_vector", 'refusal_vector needs pairs with "side": "harmful"; the files have none.'),
+        (40, {"side": "borderline"}, "refusal_vector", "their sides are borderline."),
+        (40, {"side": "Harmful"}, "alphasteer", "their sides are Harmful."),
+        (40, {"side": "borderline"}, "cast", "their sides are borderline."),
+    ],
+)
+def test_pairs_that_cannot_make_a_profile_are_refused_before_the_model_reads(
+    lab, tmp_path, count, fields, method, message, options, monkeypatch
+):
+    monkeypatch.setattr("steering.training.extraction._reading", None)
+    pairs = pair_file(tmp_path / "p.jsonl", count, **fields)
+    result = train(lab, tmp_path / "x", "--method", method, *options, calibration=None, pairs=pairs)
+    assert result.exit_code == 2 and message in " ".join(result.output.split()), result.output
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "extra", "message"),
+    [
+        ("ir", 9, (), "at least 10 IR and 10 general queries; there are 9 and 60"),
+        ("general", 9, (), "there are 60 and 9"),
+        ("general", 9, ("--method", "cast"), "cast needs at least 10"),
+        ("ir", 9, ("--method", "alphasteer"), "alphasteer needs at least 10"),
+        ("calibration", 18, (), "at least 19 calibration queries; there are 18"),
+        ("ir", 30, ("--rank", "24"), "rank 24 needs more than 30 IR queries"),
+    ],
+)
+def test_too_few_queries_are_refused_before_the_model_reads(lab, tmp_path, name, count, extra, message, monkeypatch):
+    monkeypatch.setattr("steering.training.extraction._reading", None)
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join((lab / f"{name}.jsonl").read_text().splitlines(keepends=True)[:count]))
+    result = train(lab, tmp_path / "x", *extra, **{name: few})
+    assert result.exit_code == 2 and message in " ".join(result.output.split()), result.output
+
+
+@pytest.mark.parametrize("name", ["ir", "general", "calibration"])
+def test_queries_that_the_template_shows_alike_are_refused(lab, tmp_path, name):
+    """All that tells them apart is a system message, which this template does not show."""
+    from transformers import AutoTokenizer
+
+    model = tmp_path / "model"
+    shutil.copytree(lab / "model", model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = "{{ messages[-1]['content'] }}<|assistant|>"
+    tokenizer.save_pretrained(model)
+    alike = tmp_path / "alike.jsonl"
+    chats = [[{"role": "system", "content": str(i)}, {"role": "user", "content": f"go, {name}"}] for i in range(40)]
+    alike.write_text("".join(json.dumps({"query": chat}) + "\n" for chat in chats))
+    result = train(lab, tmp_path / "x", "--model", str(model), **{name: alike})
+    message = " ".join(result.output.split())
+    shown = {"ir": "IR"}.get(name, name)
+    assert result.exit_code == 2 and f"the 40 {shown} queries have one and the same state" in message, message
+
+
+def test_pairs_whose_shifts_cancel_are_refused(lab, tmp_path):
+    swapped = {"preferred": lambda i: "yes" if i % 2 else "no", "undesired": lambda i: "no" if i % 2 else "yes"}
+    pairs = pair_file(tmp_path / "p.jsonl", 40, query=lambda i: f"how do I break thing {i // 2}", **swapped)
+    result = train(lab, tmp_path / "x", "--method", "caa", pairs=pairs)
+    assert result.exit_code == 2 and "caa: the pairs' mean shift is zero" in " ".join(result.output.split())
+    unswapped = pair_file(tmp_path / "p.jsonl", 40, preferred="no", undesired="yes")
+    assert train(lab, tmp_path / "x", "--method", "caa", pairs=unswapped).exit_code == 0
+
+
+def test_a_profile_is_not_written_over_a_file(lab, tmp_path):
+    (tmp_path / "x").write_text("mine")
+    result = train(lab, tmp_path / "x")
+    assert result.exit_code == 2 and "is a file; name a folder" in " ".join(result.output.split())
+    assert (tmp_path / "x").read_text() == "mine"
 
 
 def test_inspect_prints_what_is_in_it_and_says_what_is_broken(lab, tmp_path):
@@ -130,6 +221,10 @@ def test_inspect_prints_what_is_in_it_and_says_what_is_broken(lab, tmp_path):
         (("--rank", "63"), "rank 63 needs"),
         (("--strength", "strong"), "--strength must be a number or auto"),
         (("--strength", "auto", "--strengths", "0,1"), "--strengths numbers above 0"),
+        (("--epochs", "0"), "greater than or equal to 1"),
+        (("--seed", "-1"), "greater than or equal to 0"),
+        (("--batch-tokens", "0"), "greater than or equal to 1"),
+        (("--learning-rate", "nan"), "--learning-rate above 0"),
     ],
 )
 def test_impossible_options_are_refused_in_a_sentence(lab, tmp_path, extra, message):
@@ -203,7 +298,7 @@ def test_what_is_held_out_is_in_no_other_group_with_all_its_pairs(lab):
 
     pairs = read_pairs([lab / "pairs.jsonl"])
     rows = {name: read_queries([lab / f"{file}.jsonl"]) for name, file in (("IR", "ir"), ("general", "general"))}
-    left, kept, held = hold_out(pairs, rows | {"calibration": []}, 0)
+    left, kept, held = hold_out(pairs, rows | {"calibration": read_queries([])}, 0)
     aside = {p.query for p in held.pairs} | set(held.general)
     assert len(held.pairs) == 12 and len({p.query for p in held.pairs}) == 6 and len(held.general) == 6
     assert not aside & {p.query for p in left} and not aside & {r.query for found in kept.values() for r in found}

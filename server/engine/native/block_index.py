@@ -12,13 +12,16 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 
-def chain(token_ids: Sequence[int], block_size: int, salt: bytes = b"", salted_from: int = 0) -> list[bytes]:
+def chain(
+    token_ids: Sequence[int], block_size: int, salt: bytes = b"", salted_from: int = 0, owner: str = ""
+) -> list[bytes]:
     """One key for each full block of `token_ids`.
 
     Args:
         salt: what shaped the states at and after position `salted_from` besides the tokens; empty = nothing.
+        owner: whose blocks these are; nobody else finds them.
     """
-    keys, previous = [], b""
+    keys, previous = [], _hash(owner.encode()) if owner else b""
     for start in range(0, len(token_ids) - block_size + 1, block_size):
         block = previous + array("q", token_ids[start : start + block_size]).tobytes()
         salted = salt and start + block_size > salted_from
@@ -27,9 +30,9 @@ def chain(token_ids: Sequence[int], block_size: int, salt: bytes = b"", salted_f
     return keys
 
 
-def digest(token_ids: Sequence[int]) -> bytes:
-    """A hash of a whole prompt."""
-    return _hash(array("q", token_ids).tobytes())
+def digest(token_ids: Sequence[int], owner: str = "") -> bytes:
+    """A hash of a whole prompt and of whose it is."""
+    return _hash(array("q", token_ids).tobytes() + owner.encode())
 
 
 def _hash(data: bytes) -> bytes:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from server.engine.base import EngineObserver
 from server.engine.native.build import EngineOptions
 from server.engine.native.decoder import Decoder, TransformersDecoder
+from server.engine.native.device_map import DeviceMap, check_device_map
 from server.engine.native.engine import NativeEngine
 from server.engine.native.fused import FAMILIES, FusedDecoder
 from server.engine.native.selftest import check_steering, decoder_error, reference_logits
@@ -75,18 +76,27 @@ def load_engine(
     return engine
 
 
-def load_model(model: str, *, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
-    """A checkpoint of a decoder-only transformers model. Raises ModelError."""
+def load_model(
+    model: str, *, dtype: str = "auto", device: str = "auto", device_map: DeviceMap | None = None
+) -> PreTrainedModel:
+    """A checkpoint of a decoder-only transformers model. Raises ModelError.
+
+    `device_map`: where its parts go, in place of one `device`; only reading states works with it.
+    """
     place = _device(device)
     try:
         config = AutoConfig.from_pretrained(model)
-        loaded = AutoModelForCausalLM.from_pretrained(model, config=config, dtype=_dtype(dtype, config, place))
+        if isinstance(device_map, dict):
+            check_device_map(device_map, config, _device)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model, config=config, dtype=_dtype(dtype, config, place), device_map=device_map
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"cannot load model {model!r}: {str(error).splitlines()[0]} Give a folder with config.json and "
             "safetensors weights, or a hub id of a decoder-only transformers model."
         ) from error
-    loaded = loaded.to(place).eval()
+    loaded = (loaded.to(place) if device_map is None else loaded).eval()
     decoder_layers(loaded)
     return loaded
 
@@ -156,6 +166,8 @@ def _device(device: str) -> torch.device:
         place = torch.device(device)
     except RuntimeError as error:
         raise ModelError(f"--device {device!r} is no device; use auto, cpu, cuda or cuda:N.") from error
+    if place.type == "meta":
+        raise ModelError(f"--device {device!r} holds no weights; use auto, cpu, cuda or cuda:N.")
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"--device {device}: torch {torch.__version__} sees no CUDA device here; use cpu.")
     return place

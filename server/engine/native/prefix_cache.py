@@ -88,7 +88,7 @@ class PrefixCache:
 
     def _keys(self, sequence: RunningSequence, segment: int) -> list[bytes]:
         salt, salted_from = sequence.group.steering.salt(segment)
-        return chain(sequence.token_ids, self._cache.block_size, salt, salted_from)
+        return chain(sequence.token_ids, self._cache.block_size, salt, salted_from, sequence.request.cache_owner)
 
     def _count(self, segment: int, queries: int, hits: int) -> None:
         if segment == 0:

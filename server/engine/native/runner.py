@@ -234,7 +234,10 @@ class Runner:
     def _read(self, site: int, asking: Seq[tuple[int, SequenceGroup]], states: Tensor) -> list[Reading]:
         """What a site makes of queries, each with its row of `states`. A prompt that was read under the same options before
         is answered from memory: in another batch its state is rounded otherwise, and so would be its vector and that one's key."""
-        keys = [(site, digest(group.request.prompt_token_ids), group.request.steering) for _, group in asking]
+        keys = [
+            (site, digest(group.request.prompt_token_ids, group.request.cache_owner), group.request.steering)
+            for _, group in asking
+        ]
         new = {key: row for key, (row, _) in zip(keys, asking, strict=True) if key not in self._readings}
         if new:
             readings = self.sites[site].read(states[list(new.values())], [options for _, _, options in new])
