@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -21,12 +22,16 @@ from server.api.documentation import describe
 from server.api.elsewhere import OPERATIONS, why_not
 from server.api.engine_errors import api_error
 from server.api.respond import APPLIED_HEADER, PROFILES_HEADER
+from server.api.route_names import RouteNames
 from server.config import ServerConfig
 from server.draining import Draining
 from server.engine.base import Engine, EngineError
 from server.errors import ApiError, InternalError, InvalidRequestError, MethodNotAllowedError, UnknownPathError
 from server.grammar.compiler import GrammarCompiler
+from server.observability.account import Recorder
+from server.observability.audit import AuditLog
 from server.observability.metrics import Metrics
+from server.observability.tracing import Tracer
 from server.prompting.prompter import Prompter
 from server.service import Service
 
@@ -34,13 +39,26 @@ GZIP_FROM_BYTES = 1024
 MODULES = (chat, completions, responses, models, tokenize, admin, steering, ops)
 
 
-def create_app(config: ServerConfig, engine: Engine, prompter: Prompter, metrics: Metrics) -> FastAPI:
+def create_app(
+    config: ServerConfig,
+    engine: Engine,
+    prompter: Prompter,
+    metrics: Metrics,
+    *,
+    audit: AuditLog | None = None,
+    tracer: Tracer | None = None,
+) -> FastAPI:
     """Everything that varies is an argument. The engine starts and stops with the application's lifespan.
 
     Args:
         metrics: the engine's observer, not yet attached to it.
+        audit, tracer: closed with the application.
     """
-    metrics.attach(engine)
+    routes = RouteNames(route for module in MODULES for route in module.router.routes)
+    metrics.attach(engine, routes.all, audit)
+    if config.metrics_compat == "vllm":
+        metrics.add_vllm_names()
+    text_of = prompter.vocabulary.text if config.log_prompts else None
     markers = prompter.tools.format.markers if prompter.tools.format else ()
     grammars = GrammarCompiler(prompter.vocabulary, prompter.eos_token_ids, engine.info.vocab_size, markers)
 
@@ -54,6 +72,9 @@ def create_app(config: ServerConfig, engine: Engine, prompter: Prompter, metrics
             await engine.stop()
             prompter.close()
             grammars.close()
+            for sink in (audit, tracer):
+                if sink is not None:
+                    await asyncio.to_thread(sink.close)
 
     app = FastAPI(
         title="FineSteer server",
@@ -63,12 +84,18 @@ def create_app(config: ServerConfig, engine: Engine, prompter: Prompter, metrics
         redirect_slashes=False,
     )
     app.state.service = service = Service(
-        config, engine, prompter, metrics, grammars, responses=ResponseStore(max_bytes=config.responses_memory)
+        config,
+        engine,
+        prompter,
+        metrics,
+        grammars,
+        responses=ResponseStore(max_bytes=config.responses_memory),
+        audit=audit,
     )
     for module in MODULES:
         app.include_router(module.router)
     describe(app)
-    _add_middleware(app, config, service.draining)
+    _add_middleware(app, config, service.draining, routes, Recorder(metrics, audit, tracer, text_of))
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(EngineError, _on_engine_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
@@ -77,12 +104,14 @@ def create_app(config: ServerConfig, engine: Engine, prompter: Prompter, metrics
     return app
 
 
-def _add_middleware(app: FastAPI, config: ServerConfig, draining: Draining) -> None:
+def _add_middleware(
+    app: FastAPI, config: ServerConfig, draining: Draining, routes: RouteNames, recorder: Recorder
+) -> None:
     """From the inside out: compression of whole answers, refusal of all once the server drains, id and key and log, CORS,
     whose preflights carry no key."""
     app.add_middleware(GZipMiddleware, minimum_size=GZIP_FROM_BYTES, compresslevel=6)  # leaves event streams alone
     app.add_middleware(Admission, draining=draining)
-    app.add_middleware(RequestContext, access=config.access)
+    app.add_middleware(RequestContext, access=config.access, routes=routes, recorder=recorder)
     if config.cors_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -125,6 +125,25 @@ def serve(
         typer.Option(metavar="ORIGIN", help="Let pages from there call the API, * for any; repeatable. Default: none."),
     ] = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    log_format: Annotated[str, typer.Option(help="human, or json: one object a line.")] = "human",
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Show prompts in the log.")] = False,
+    metrics_compat: Annotated[
+        str | None, typer.Option(metavar="vllm", help="Give the generic metrics under vLLM's names, too.")
+    ] = None,
+    audit_log: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Append a JSON line for each steering decision of an answer.")
+    ] = None,
+    audit_log_max_bytes: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="The audit log is rotated at this size, 100MiB unless said.")
+    ] = None,
+    audit_log_keep: Annotated[int, typer.Option(help="Rotated audit logs that are kept.")] = 10,
+    audit_log_required: Annotated[
+        bool, typer.Option("--audit-log-required", help="Answer nothing (503) while the audit log cannot be written.")
+    ] = False,
+    otlp_endpoint: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Send OpenTelemetry spans there, OTLP over HTTP; needs the otel extra."),
+    ] = None,
 ) -> None:
     """Serve an OpenAI-compatible API."""
     try:
@@ -163,6 +182,14 @@ def serve(
             chat_template=chat_template,
             tool_format=tool_format,
             log_level=log_level,
+            log_format=log_format,
+            log_prompts=log_prompts,
+            metrics_compat=metrics_compat,
+            audit_log=audit_log,
+            audit_log_max_bytes=audit_log_max_bytes,
+            audit_log_keep=audit_log_keep,
+            audit_log_required=audit_log_required,
+            otlp_endpoint=otlp_endpoint,
         )
         listener = listen(config.host, config.port)
         from server.serve import run  # torch and transformers: seconds, which a misconfiguration need not cost

@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from server.access.keys import Access, KeyFileError, check_key, read_keys
+from server.observability.logging import LogFormat
 from server.steering_options import Override, SteeringPolicy, profile_name_problem
 from server.tools.formats import FORMATS
 from server.wire.steering import METADATA_LEVELS, Mode
 
 LogLevel = Literal["debug", "info", "warning", "error"]
+MetricsCompat = Literal["vllm"]
 API_KEY_VARIABLE = "FINESTEER_API_KEY"
 ADMIN_KEY_VARIABLE = "FINESTEER_ADMIN_KEY"
 DEMO_MODEL_NAME = "demo"
 MAX_THREADS = 1024
+ENDPOINT = re.compile(r"https?://[^\s/]+(/\S*)?")
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGkmg])?(?:i?[Bb])?")
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9._-]+(:\d+)?|[a-z][a-z0-9+.-]*://\[[0-9a-f:]+\](:\d+)?")
 
@@ -61,6 +64,14 @@ class ServerConfig:
     allow_no_key: bool = False
     cors_origins: tuple[str, ...] = ()
     log_level: LogLevel = "info"
+    log_format: LogFormat = "human"
+    log_prompts: bool = False
+    metrics_compat: MetricsCompat | None = None
+    audit_log: Path | None = None
+    audit_log_max_bytes: int = 100 * 2**20
+    audit_log_keep: int = 10
+    audit_log_required: bool = False
+    otlp_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         if not self.served_model_name:
@@ -93,6 +104,13 @@ class ServerConfig:
                     f"--cors-origin {origin}: must be * or an origin such as https://app.example.com or "
                     "http://localhost:3000, with no path and no slash at its end."
                 )
+        for option in ("audit_log_max_bytes", "audit_log_keep"):
+            if getattr(self, option) < 1:
+                raise ConfigError(f"--{option.replace('_', '-')} {getattr(self, option)} must be at least 1.")
+        if self.audit_log_required and self.audit_log is None:
+            raise ConfigError("--audit-log-required: there is no audit log; say where it is by --audit-log FILE.")
+        if self.otlp_endpoint is not None and not ENDPOINT.fullmatch(self.otlp_endpoint):
+            raise ConfigError(f"--otlp-endpoint {self.otlp_endpoint}: must be a URL such as http://localhost:4318.")
         if not 0 <= self.policy.max_strength < float("inf"):
             raise ConfigError(f"--max-steer-strength {self.policy.max_strength:g} must be a finite number, at least 0.")
         for option, named in (("--profile-policy", self.policy.overrides), ("--profile-mode", self.policy.modes)):
@@ -122,6 +140,7 @@ class ServerConfig:
         kv_cache_memory: str | None = None,
         prefix_cache_memory: str | None = None,
         responses_memory: str | None = None,
+        audit_log_max_bytes: str | None = None,
         environ: Mapping[str, str] | None = None,
         **options: Any,
     ) -> ServerConfig:
@@ -145,6 +164,11 @@ class ServerConfig:
             modes=_choices("--profile-mode", profile_modes, get_args(Mode)),
         )
         _choice("--log-level", options.get("log_level", "info"), get_args(LogLevel))
+        _choice("--log-format", options.get("log_format", "human"), get_args(LogFormat))
+        if options.get("metrics_compat") not in (None, *get_args(MetricsCompat)):
+            raise ConfigError(f"--metrics-compat: must be vllm, not {options['metrics_compat']!r}.")
+        if audit_log_max_bytes is not None:
+            options["audit_log_max_bytes"] = _size("--audit-log-max-bytes", audit_log_max_bytes)
         return cls(
             model=model,
             served_model_name=_public_name(model) if served_model_name is None else served_model_name,

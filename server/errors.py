@@ -137,6 +137,14 @@ class DeadlineError(ApiError):
     code = "request_timeout"
 
 
+class AuditUnavailableError(ApiError):
+    """Answers must be audited, and cannot be for now."""
+
+    status = 503
+    code = "audit_log_unavailable"
+    retry_after_s = 10.0
+
+
 class InternalError(ApiError):
     """A defect of ours, or a generation that failed alone."""
 

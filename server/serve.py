@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from types import FrameType
 from typing import Literal
 
@@ -22,10 +23,13 @@ from server.app import create_app
 from server.banner import announce
 from server.config import ConfigError, ServerConfig
 from server.connection import MAX_HEAD_BYTES, BoundedConnection
+from server.engine.base import Engine
 from server.engine.native.load import load_engine
 from server.listen import address_of
-from server.observability.logging import configure_logging
+from server.observability.audit import AuditLog, AuditLogError
+from server.observability.logging import configure_logging, log_fields
 from server.observability.metrics import Metrics
+from server.observability.tracing import Tracer, TracingError
 from server.prompting.prompter import load_prompter
 from server.service import Service
 from steering.errors import SteeringError
@@ -38,9 +42,10 @@ def run(config: ServerConfig, listener: socket.socket) -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    configure_logging(config.log_level)
-    console = Console(stderr=True)
+    configure_logging(config.log_level, config.log_format)
+    console = Console(stderr=True, quiet=config.log_format == "json")
     metrics = Metrics(config.served_model_name)
+    audit, tracer = _audit_log(config), _tracer(config)
     try:
         with console.status(f"Loading {config.served_model_name} …"):
             prompter = load_prompter(config.model, config.chat_template, config.tool_format)
@@ -75,9 +80,9 @@ def run(config: ServerConfig, listener: socket.socket) -> None:
                 f"--max-steer-strength {config.policy.max_strength:g} is below profile {name!r}'s own strength of "
                 f"{manifest.strength:g}. Raise it, or leave the profile out."
             )
-    app = create_app(config, engine, prompter, metrics)
+    app = create_app(config, engine, prompter, metrics, audit=audit, tracer=tracer)
     address = address_of(listener)
-    server = make_server(app, lambda: announce(console, config, engine, address))
+    server = make_server(app, lambda: _announce(console, config, engine, address))
     server.run(sockets=[listener])
     if not server.started:
         sys.exit(1)
@@ -101,6 +106,39 @@ def make_server(app: FastAPI, announce: Callable[[], None], *, lifespan: Literal
         server_header=False,
     )
     return DrainingServer(settings, app.state.service, announce)
+
+
+def _audit_log(config: ServerConfig) -> AuditLog | None:
+    if config.audit_log is None:
+        return None
+    try:
+        return AuditLog(
+            config.audit_log,
+            max_bytes=config.audit_log_max_bytes,
+            keep=config.audit_log_keep,
+            required=config.audit_log_required,
+        )
+    except AuditLogError as error:
+        raise ConfigError(f"--audit-log {error}") from error
+
+
+def _tracer(config: ServerConfig) -> Tracer | None:
+    if config.otlp_endpoint is None:
+        return None
+    try:
+        return Tracer.to(config.otlp_endpoint, config.served_model_name, version("finesteer-server"))
+    except TracingError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _announce(console: Console, config: ServerConfig, engine: Engine, address: str) -> None:
+    """To whoever reads: a person, or a program."""
+    if config.log_format == "json":
+        profiles = {name: manifest.version for name, manifest in engine.profiles.items()}
+        fields = {"address": f"{address}/v1", "model": config.served_model_name, "profiles": profiles}
+        log_fields("serving", fields)
+    else:
+        announce(console, config, engine, address)
 
 
 class DrainingServer(uvicorn.Server):

@@ -16,8 +16,9 @@ from server.config import ServerConfig
 from server.conversation import Conversation
 from server.draining import Draining
 from server.engine.base import Engine, GenerationRequest, Grammar, SamplingOptions
-from server.errors import InvalidRequestError, NotFoundError
+from server.errors import AuditUnavailableError, InvalidRequestError, NotFoundError
 from server.grammar.compiler import GrammarCompiler
+from server.observability.audit import AuditLog
 from server.observability.metrics import Metrics
 from server.prompting.prompter import Prompter
 from server.steering_options import Resolved, SteeringHeaders, alias_profiles, resolve
@@ -40,6 +41,7 @@ class Service:
     created: int = field(default_factory=lambda: int(time.time()))
     responses: ResponseStore = field(default_factory=ResponseStore)
     draining: Draining = field(default_factory=Draining)
+    audit: AuditLog | None = None
     settings: SteeringSettings = field(init=False)
 
     def __post_init__(self) -> None:
@@ -191,7 +193,14 @@ class Service:
         deadline_s: float | None = None,
         **options: bool,
     ) -> Generation:
-        """A run of `request`, not yet begun. `markers`: special tokens that are shown nevertheless; `options` as `Generation` has them."""
+        """A run of `request`, not yet begun. `markers`: special tokens that are shown nevertheless; `options` as `Generation` has them.
+
+        Raises AuditUnavailableError where the answer could not be audited, and must be.
+        """
+        if self.audit is not None and (refusal := self.audit.refusal) is not None:
+            raise AuditUnavailableError(
+                f"This server answers nothing that it cannot put into its audit log, and {refusal}. Its operator must help."
+            )
         vocabulary = self.prompter.vocabulary
         shown = vocabulary.showing(markers) if markers else vocabulary
         return Generation(self.engine, request, shown, stops, self.metrics, deadline_s=deadline_s, **options)

@@ -65,7 +65,8 @@ class Served:
 
 @contextlib.asynccontextmanager
 async def serving(artifacts: Artifacts, names: tuple[str, ...] = ("safety",), **options: Any) -> AsyncIterator[Served]:
-    """Serve the checkpoint as `tiny` with the named profiles; `options` go to `ServerConfig`."""
+    """Serve the checkpoint as `tiny` with the named profiles; `options` go to `ServerConfig`, but for `audit` and `tracer`."""
+    sinks = {name: options.pop(name, None) for name in ("audit", "tracer")}
     profiles = {name: str(getattr(artifacts, name)) for name in names}
     config = ServerConfig(
         **(
@@ -89,7 +90,7 @@ async def serving(artifacts: Artifacts, names: tuple[str, ...] = ("safety",), **
         observer=metrics,
     )
     prompter = load_prompter(config.model, config.chat_template, config.tool_format)
-    app = create_app(config, engine, prompter, metrics)
+    app = create_app(config, engine, prompter, metrics, **sinks)
     transport = CheckedTransport(app, raise_app_exceptions=False)
     async with (
         app.router.lifespan_context(app),

@@ -13,6 +13,7 @@ from server.engine.base import (
     Engine,
     EngineError,
     FinishReason,
+    GenerationError,
     GenerationRequest,
     TokenEvent,
     TokenLogprobs,
@@ -71,6 +72,7 @@ class Generation:
     Attributes:
         token_ids: of each completion so far, with the one that ended it.
         prompt_logprobs, cached_tokens: as the engine's first event tells them.
+        finish_reasons: of each completion; at the end of those that did not finish `abort` or `error`.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class Generation:
         self.token_ids: list[list[int]] = [[] for _ in range(request.n)]
         self.prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
         self.cached_tokens = 0
+        self.finish_reasons: list[str | None] = [None] * request.n
         self._logprob_sums = [0.0] * request.n
         self._silent, self._note_ends = silent, note_ends
         self._deadline_s = deadline_s
@@ -104,7 +107,7 @@ class Generation:
         self._begun_s = time.perf_counter()
         self._first_token_s: float | None = None
         self._last_token_s: dict[int, float] = {}
-        self._finished: set[int] = set()
+        self._unfinished = request.n
         self._failed = self._closed = False
 
     @property
@@ -122,7 +125,11 @@ class Generation:
 
     async def start(self) -> SteeringDecision:
         """Wait until the prompt is prefilled and steering has decided. Raises the engine's errors."""
-        self._first = await self._next()
+        try:
+            self._first = await self._next()
+        except GenerationError as error:
+            self.decision = error.decision
+            raise
         assert self._first.decision is not None, "an engine's first event carries the decision"
         self.decision = self._first.decision
         self.prompt_logprobs, self.cached_tokens = self._first.prompt_logprobs, self._first.num_cached_tokens
@@ -134,9 +141,9 @@ class Generation:
         """The completions' texts as they grow, interleaved, until each has had its `finish_reason`."""
         assert self._first is not None, "start first"
         yield self._delta(self._first)
-        while len(self._finished) < self.request.n:
+        while self._unfinished:
             event = await self._next()
-            if event.index not in self._finished:
+            if self.finish_reasons[event.index] is None:
                 yield self._delta(event)
 
     async def aclose(self) -> None:
@@ -145,16 +152,18 @@ class Generation:
             return
         self._closed = True
         await self._events.aclose()
-        for _ in range(self.request.n - len(self._finished)):
-            self._metrics.completion_ended("error" if self._failed else "abort")
-        if self.decision is not None and self._first_token_s is not None:
-            now = time.perf_counter()
+        for index, reason in enumerate(self.finish_reasons):
+            if reason is None:
+                self.finish_reasons[index] = reason = "error" if self._failed else "abort"
+                self._metrics.completion_ended(reason)
+        if self._first is not None and self.decision is not None and self._first_token_s is not None:
             self._metrics.request_ended(
                 self.request,
                 self.decision,
-                completion_tokens=self.completion_tokens,
-                total_s=now - self._begun_s,
-                decode_s=now - self._first_token_s,
+                completion_lengths=[len(tokens) for tokens in self.token_ids],
+                queue_s=self._first.queue_s,
+                first_token_s=self._first_token_s - self._begun_s,
+                decode_s=time.perf_counter() - self._first_token_s,
             )
 
     async def _next(self) -> TokenEvent:
@@ -190,7 +199,8 @@ class Generation:
     def _ended(self, delta: TextDelta) -> TextDelta:
         """Take note of a completion's end, if this is one."""
         if delta.finish_reason is not None:
-            self._finished.add(delta.index)
+            self.finish_reasons[delta.index] = delta.finish_reason
+            self._unfinished -= 1
             self._metrics.completion_ended(delta.finish_reason)
         return delta
 

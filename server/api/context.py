@@ -1,4 +1,4 @@
-"""Around every request: an id, an API key check where one is asked for, and one line in the log at the end."""
+"""Around every request: an id, an API key check where one is asked for, and an account of it at the end."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 import re
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from fastapi import Request, Response
 from starlette.datastructures import Headers, MutableHeaders
@@ -15,21 +14,23 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.access.gatekeeper import Gatekeeper
 from server.access.keys import Access
 from server.answers.generation import Generation
+from server.api.route_names import RouteNames
 from server.errors import ApiError
-from server.observability.logging import log_request
+from server.observability.account import Recorder, RequestAccount
 from server.service import new_id
 
 REQUEST_ID_HEADER = "X-Request-Id"
 SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
+TRACE_HEADERS = ("traceparent", "tracestate")
 
 
 class RequestContext:
-    """ASGI middleware. Leaves `request_id` in the request's state; whatever `watch` left there goes into the log line."""
+    """ASGI middleware. Leaves `request_id` in the request's state; whatever `watch` left there goes into the account."""
 
-    def __init__(self, app: ASGIApp, access: Access) -> None:
+    def __init__(self, app: ASGIApp, access: Access, routes: RouteNames, recorder: Recorder) -> None:
         self._app = app
         self._gatekeeper = Gatekeeper(access)
+        self._routes, self._recorder = routes, recorder
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -42,7 +43,7 @@ class RequestContext:
         request_id = sent if SANE_ID.fullmatch(sent) else new_id("req-")
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
-        begun_s, status, visitor = time.perf_counter(), None, None
+        began_s, begun_s, status, visitor = time.time(), time.perf_counter(), None, None
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -65,20 +66,23 @@ class RequestContext:
                 state["key"] = visitor.name if visitor else ""
                 await self._app(scope, receive, send_with_id)
         finally:
-            account = _account(state)
+            model, generations = state.get("watched", (None, ()))
+            account = RequestAccount(
+                request_id=request_id,
+                method=method,
+                path=scope["path"],
+                route=self._routes.of(scope["path"]),
+                status=status or 500,
+                began_s=began_s,
+                seconds=time.perf_counter() - begun_s,
+                key=None if visitor is None else visitor.name,
+                model=model,
+                generations=generations,
+                trace_headers={name: headers[name] for name in TRACE_HEADERS if name in headers},
+            )
             if visitor is not None and visitor.usage is not None:
-                visitor.usage.end(account.get("prompt_tokens", 0) + account.get("completion_tokens", 0))
-            if scope["path"] not in QUIET_PATHS:
-                log_request(
-                    {
-                        "request": request_id,
-                        "path": scope["path"],
-                        "status": status or 500,
-                        "seconds": time.perf_counter() - begun_s,
-                        **({} if visitor is None else {"key": visitor.name}),
-                        **account,
-                    }
-                )
+                visitor.usage.end(account.prompt_tokens + account.completion_tokens)
+            self._recorder.ended(account)
 
 
 def error_response(error: ApiError) -> Response:
@@ -90,23 +94,5 @@ def error_response(error: ApiError) -> Response:
 
 
 def watch(request: Request, model: str, generations: Sequence[Generation]) -> None:
-    """Have the request's log line tell of these generations."""
+    """Have the request's account tell of these generations."""
     request.state.watched = (model, generations)
-
-
-def _account(state: dict[str, Any]) -> dict[str, Any]:
-    if "watched" not in state:
-        return {}
-    model, generations = state["watched"]
-    decisions = [generation.decision for generation in generations if generation.decision is not None]
-    fired = {profile.name: None for decision in decisions for profile in decision.profiles if profile.fired}
-    times = [generation.time_to_first_token_s for generation in generations]
-    return {
-        "model": model,
-        "prompt_tokens": sum(generation.prompt_tokens for generation in generations),
-        "completion_tokens": sum(generation.completion_tokens for generation in generations),
-        "first_token_s": min((time_s for time_s in times if time_s is not None), default=None),
-        "steered": str(any(decision.applied for decision in decisions)).lower(),
-        "reason": ",".join(dict.fromkeys(decision.reason for decision in decisions)) or None,
-        "fired": ",".join(fired) or None,
-    }

@@ -85,11 +85,14 @@ def cache_owner(request: Request, service: Service) -> str:
     return key_name(request) if service.config.access.isolate_keys else ""
 
 
-def settle(request: Request, service: Service, model: str | None, fields: SteeringFields) -> Resolved:
-    """The request's steering, from body, headers and model name; counted in the metrics."""
+def settle(
+    request: Request, service: Service, model: str | None, fields: SteeringFields, *, counted: bool = True
+) -> Resolved:
+    """The request's steering, from body, headers and model name; `counted` in the metrics."""
     headers = SteeringHeaders(request.headers.get(STRENGTH_HEADER), request.headers.get(PROFILES_HEADER))
     resolved = service.settle(model, fields, headers)
-    service.metrics.overridden(resolved.overrides)
+    if counted:
+        service.metrics.overridden(resolved.overrides)
     return resolved
 
 

@@ -9,7 +9,7 @@ from fastapi.responses import PlainTextResponse
 
 from server.api.dependencies import ServiceDep
 from server.api.documentation import documented, refusals
-from server.errors import EngineUnavailableError, ShuttingDownError
+from server.errors import AuditUnavailableError, EngineUnavailableError, ShuttingDownError
 from server.wire.ops import Health, Versions
 
 router = APIRouter(tags=["Operations"])
@@ -26,9 +26,12 @@ async def health(service: ServiceDep) -> Response:
 
 @router.get("/ready", **documented(Health, (405, 500, 503)))
 async def ready(service: ServiceDep) -> Response:
-    """Ready for traffic: as `/health`, and 503 from the moment that the server was told to end. It is loaded before its port opens."""
+    """Ready for traffic: as `/health`, and 503 from the moment that the server was told to end, and while an audit log that is
+    required cannot be written. It is loaded before its port opens."""
     if service.draining.begun:
         raise ShuttingDownError("The server is shutting down.")
+    if service.audit is not None and (refusal := service.audit.refusal) is not None:
+        raise AuditUnavailableError(f"Nothing is answered while {refusal}.")
     return await health(service)
 
 

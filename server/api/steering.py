@@ -46,7 +46,7 @@ async def score(request: Request, service: ServiceDep) -> Response:
         raise ForbiddenError(
             "This server does not give out gate values in full, and so has no scores.", code="steering_metadata_capped"
         )
-    resolved = settle(request, service, body.model, body)
+    resolved = settle(request, service, body.model, body, counted=False)
     if body.messages is not None:
         prompt = await service.prompter.chat(Conversation(tuple(message.for_template() for message in body.messages)))
     else:

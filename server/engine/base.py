@@ -106,7 +106,8 @@ class TokenEvent:
     """One new token of completion `index` (0 ≤ index < n). `decision` is set on a request's first event, and only there.
 
     So are `prompt_logprobs`, where they are asked for: one a prompt token, None for the first, which nothing foretells; and
-    `num_cached_tokens`: how many of the prompt's tokens passed no layer, since all that comes of them was in the prefix cache.
+    `num_cached_tokens`: how many of the prompt's tokens passed no layer, since all that comes of them was in the prefix cache;
+    and `queue_s`: how long the request waited for a row of the batch, before any preemption.
 
     A token in `stop_token_ids` ends the completion and is delivered with `finish_reason="stop"` (the server shows no
     text for it); it counts as a completion token.
@@ -119,6 +120,7 @@ class TokenEvent:
     decision: SteeringDecision | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     num_cached_tokens: int = 0
+    queue_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -192,11 +194,15 @@ class DeadlineExceededError(EngineError):
 
 
 class GenerationError(EngineError):
-    """This request failed alone (non-finite numbers, say); others go on. `code` is a stable machine-readable name."""
+    """This request failed alone (non-finite numbers, say); others go on. `code` is a stable machine-readable name.
+
+    `decision`: what steering had decided, where no event has carried it.
+    """
 
     def __init__(self, message: str, code: str) -> None:
         super().__init__(message)
         self.code = code
+        self.decision: SteeringDecision | None = None
 
 
 class Engine(ABC):

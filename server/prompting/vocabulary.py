@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -59,6 +59,10 @@ class Vocabulary:
 
     def __len__(self) -> int:
         return len(self._tokenizer)
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens in it; bytes that are not UTF-8 replaced."""
+        return b"".join(map(self.raw_bytes, token_ids)).decode("utf-8", "replace")
 
     def text_bytes(self, token_id: int) -> bytes:
         """What the token adds to the answer's text: nothing for special tokens and for ids that name no token."""

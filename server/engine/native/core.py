@@ -204,6 +204,8 @@ class EngineCore:
     def _fail(self, group: SequenceGroup, error: GenerationError) -> None:
         """End one request with an error."""
         self.scheduler.abort(group)
+        if not group.announced:
+            error.decision = group.decision
         self._results.append((group, error))
 
 
@@ -218,7 +220,13 @@ def _announce(group: SequenceGroup, event: TokenEvent) -> TokenEvent:
     scored = group.request.sampling.prompt_logprobs is not None
     logprobs = tuple(group.prompt_logprobs) if scored else None
     group.prompt_logprobs.clear()
-    return replace(event, decision=group.decision, prompt_logprobs=logprobs, num_cached_tokens=group.num_cached_tokens)
+    return replace(
+        event,
+        decision=group.decision,
+        prompt_logprobs=logprobs,
+        num_cached_tokens=group.num_cached_tokens,
+        queue_s=group.queue_s or 0.0,
+    )
 
 
 def _finite(group: SequenceGroup) -> bool:

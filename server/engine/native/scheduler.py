@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -124,6 +125,9 @@ class Scheduler:
                 sequence.segment = sequence.num_done = 0
                 self._hold(sequence, len(sequence.token_ids) + 1)
             self._running.extend(sequences)
+            group = sequences[0].group
+            if group.queue_s is None:
+                group.queue_s = time.perf_counter() - group.arrived_s
             begun.append(sequences[0])
         self._running.sort(key=self._rank)
         return begun

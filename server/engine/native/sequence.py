@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -102,7 +103,7 @@ class SequenceGroup:
 
     `score_only`: stop after the decision. `deliver` hands a result to whoever waits for the request. `decision` is there once
     all sites have decided, `prefilled` tells that the prompt is through, `announced` that an event carried the decision.
-    `prompt_logprobs` grows chunk by chunk; `num_cached_tokens` are those found in the prefix cache of every segment.
+    `prompt_logprobs` grows chunk by chunk; `num_cached_tokens` are those found in the prefix cache of every segment. `queue_s`: seconds until the first row, once it has one.
     """
 
     request: GenerationRequest
@@ -115,6 +116,8 @@ class SequenceGroup:
     announced: bool = False
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     num_cached_tokens: int = 0
+    arrived_s: float = field(default_factory=time.perf_counter)
+    queue_s: float | None = None
 
     @classmethod
     def of(cls, request: GenerationRequest, deliver: Deliver, *, score_only: bool = False) -> SequenceGroup:
