@@ -90,6 +90,7 @@ class NativeEngine(Engine):
         )
         self._profiles = {profile.name: profile.manifest for profile in profiles}
         self._versions = {(profile.name, profile.version) for profile in profiles}  # that requests may begin with
+        self._retiring: dict[tuple[str, str], asyncio.TimerHandle] = {}
         self._changing = asyncio.Lock()
         self._awaited: set[concurrent.futures.Future[None]] = set()
         self._open: set[Inbox] = set()  # of requests that somebody waits for
@@ -163,7 +164,13 @@ class NativeEngine(Engine):
         async with self._changing:
             profile = await asyncio.to_thread(SteeringProfile.load, reference, name)
             check(profile.manifest)
-            await self._on_thread(self._live.add, profile)
+            retiring = self._keep(name, profile.version)
+            try:
+                await self._on_thread(self._live.add, profile)
+            except BaseException:
+                if retiring:
+                    self._retire_later(name, profile.version)
+                raise
             before = self._profiles.get(name)
             self._versions.add((name, profile.version))
             self._profiles = {**self._profiles, name: profile.manifest}
@@ -179,13 +186,20 @@ class NativeEngine(Engine):
 
     def _retire_later(self, name: str, version: str) -> None:
         """Requests whose prompts are just being read have this version in hand."""
-        asyncio.get_running_loop().call_later(RETIRE_AFTER_S, self._retire, name, version)
+        timer = asyncio.get_running_loop().call_later(RETIRE_AFTER_S, self._retire, name, version)
+        self._retiring[name, version] = timer
+
+    def _keep(self, name: str, version: str) -> bool:
+        """Do not retire a version that is loaded again; whether it was about to be."""
+        timer = self._retiring.pop((name, version), None)
+        if timer is not None:
+            timer.cancel()
+        return timer is not None
 
     def _retire(self, name: str, version: str) -> None:
-        current = self._profiles.get(name)
-        if self._live is not None and (current is None or current.version != version):
-            self._versions.discard((name, version))
-            self._commands.put((lambda key: self._live.retire(*key), (name, version)))
+        del self._retiring[name, version]
+        self._versions.discard((name, version))
+        self._commands.put((lambda key: self._live.retire(*key), (name, version)))
 
     async def _on_thread(self, work: Callable[[Any], None], argument: Any) -> None:
         """Have the engine's thread do something between two steps; raises what it raises."""
