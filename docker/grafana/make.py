@@ -19,6 +19,10 @@ def text_of(board: Dashboard) -> str:
     built = board.build()
     for number, panel in enumerate(built.panels or [], start=1):
         panel.id_val = number
+    for variable in built.templating.list_val:
+        variable.auto = variable.auto_min = variable.auto_count = (
+            None  # interval variables', but the SDK gives them to all
+        )
     return json.dumps(built, cls=JSONEncoder, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 GRAFANA = Path(__file__).parents[2] / "docker" / "grafana"
+SCHEMA = Path(__file__).parents[1] / "grafana_schema"
 BOARDS = {name: json.loads((GRAFANA / "dashboards" / f"{name}.json").read_text()) for name in ("steering", "serving")}
 PANELS = [(name, panel) for name, board in BOARDS.items() for panel in board["panels"] if panel["type"] != "row"]
 every_panel = pytest.mark.parametrize("panel", [panel for _, panel in PANELS], ids=[p["title"] for _, p in PANELS])
@@ -44,6 +46,42 @@ def test_grafanas_own_types_read_it_and_lose_nothing(sdk, name):
     odd = copy.deepcopy(BOARDS[name])
     odd["panels"][1]["targets"][0]["no_such_field"] = 1
     assert not keeps(odd)
+
+
+@pytest.fixture(scope="module")
+def check(tmp_path_factory):
+    """Checks a file against Grafana's TypeScript types."""
+    folder = tmp_path_factory.mktemp("schema")
+    if not (shutil.which("node") and shutil.which("npm")):
+        pytest.skip("node and npm are not installed")
+    for file in SCHEMA.glob("*.*"):
+        if file.is_file():
+            shutil.copy(file, folder)
+    installed = subprocess.run(
+        ["npm", "ci", "--silent", "--no-audit", "--no-fund"], cwd=folder, capture_output=True, text=True
+    )
+    if installed.returncode:
+        pytest.skip(f"npm could not install Grafana's types: {installed.stderr[-200:]}")
+    return lambda files: subprocess.run(["node", folder / "check.mjs", *files], capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_they_are_valid_by_the_types_of_the_grafana_that_the_compose_file_starts(check, tmp_path):
+    done = check(GRAFANA / "dashboards" / f"{name}.json" for name in BOARDS)
+    assert done.returncode == 0, done.stderr
+    version = json.loads((SCHEMA / "package.json").read_text())["dependencies"]["@grafana/schema"]
+    assert f"image: grafana/grafana:{version}\n" in (GRAFANA.parent / "compose.yaml").read_text()
+    text = (GRAFANA / "dashboards" / "steering.json").read_text()
+    bad = {
+        "a": ('"showLegend"', '"showLegnd"'),
+        "b": ('"unit": "s"', '"unit": 3'),
+        "c": ('"mode": "multi"', '"mode": "x"'),
+    }
+    for name, (right, wrong) in bad.items():
+        assert right in text
+        (tmp_path / f"{name}.json").write_text(text.replace(right, wrong, 1))
+    problems = check(tmp_path / f"{name}.json" for name in bad).stderr
+    assert all(f"{name}.json: " in problems for name in bad), problems
 
 
 def _within(part: object, whole: object) -> bool:
