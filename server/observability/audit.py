@@ -60,7 +60,7 @@ class AuditLog:
         self._waiting: deque[bytes] = deque()
         self._changed = threading.Condition()
         self._closing = False
-        self._reminded_s = -REMIND_S
+        self._told_s: dict[str, float] = {}
         self._unsynced_since_s: float | None = None
         self._torn = False
         self._file = -1
@@ -113,9 +113,10 @@ class AuditLog:
             self._changed.notify()
 
     def _remind(self, message: str, *arguments: object) -> None:
-        """Log an error, but not more than once a minute while it lasts."""
-        if time.monotonic() - self._reminded_s >= REMIND_S:
-            self._reminded_s = time.monotonic()
+        """Log an error, but the same not more than once a minute while it lasts."""
+        now = time.monotonic()
+        if now - self._told_s.get(message, -math.inf) >= REMIND_S:
+            self._told_s[message] = now
             logger.error("the audit log " + message, self._path, *arguments)
 
     # -- the writer's thread ---------------------------------------------------------------------------------------------
@@ -144,12 +145,12 @@ class AuditLog:
                 return
 
     def _next_lines(self) -> Sequence[bytes]:
-        """Those that go into the file together: as many as it has room for, one at least."""
+        """Those that go into the file together: as many as it has room for, one at least; one by one while it fails."""
         lines: list[bytes] = []
         room = self._max_bytes - self._size
         for line in self._waiting:
             room -= len(line)
-            if lines and room < 0:
+            if lines and (room < 0 or self._failure is not None):
                 break
             lines.append(line)
         return lines
@@ -161,8 +162,9 @@ class AuditLog:
             self.num_records += count
 
     def _recovered(self) -> None:
-        if self._failure is not None:
-            self._failure, self._reminded_s = None, -REMIND_S
+        if self._failure is not None and not self._waiting:
+            self._failure = None
+            self._told_s.clear()
             logger.warning("the audit log %s: is written again; %d records are lost so far", self._path, self.num_lost)
 
     def _failed(self, error: OSError) -> None:

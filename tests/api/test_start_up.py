@@ -44,6 +44,20 @@ def test_a_taken_port(artifacts):
         )
 
 
+def test_an_audit_log_that_cannot_be_written(artifacts, tmp_path):
+    said = refusal("--model", str(artifacts.model), "--audit-log", str(tmp_path / "no" / "audit"))
+    assert said == f"--audit-log {tmp_path / 'no' / 'audit'}: cannot be written (No such file or directory)."
+
+
+def test_tracing_without_its_package(artifacts):
+    absent = {"opentelemetry.exporter.otlp.proto.http.trace_exporter": None}
+    with mock.patch.dict("sys.modules", absent):
+        said = refusal("--model", str(artifacts.model), "--otlp-endpoint", "http://localhost:4318")
+    assert said == (
+        "--otlp-endpoint needs OpenTelemetry, which is not installed: pip install 'finesteer-server[otel]'."
+    )
+
+
 def replaced(old: bytes, new: bytes):
     return lambda name, content: content.replace(old, new)
 

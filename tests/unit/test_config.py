@@ -7,6 +7,7 @@ import json
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +45,33 @@ def test_words_become_a_frozen_configuration():
     assert (config.policy.mode("safety"), config.policy.mode("truth")) == ("enforce", "shadow")
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.port = 1  # type: ignore[misc]
+
+
+def test_logs_metrics_and_traces():
+    config = configure(audit_log=Path("a"), audit_log_max_bytes="2KiB", otlp_endpoint="http://collector:4318")
+    assert (config.audit_log_max_bytes, config.audit_log_keep, config.log_format) == (2048, 10, "human")
+    assert configure().audit_log_max_bytes == 100 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"log_format": "xml"}, "--log-format: must be human or json, not 'xml'."),
+        ({"metrics_compat": "tgi"}, "--metrics-compat: must be vllm, not 'tgi'."),
+        (
+            {"audit_log_required": True},
+            "--audit-log-required: there is no audit log; say where it is by --audit-log FILE.",
+        ),
+        ({"audit_log_max_bytes": "much"}, "--audit-log-max-bytes much: must be a size"),
+        ({"audit_log_max_bytes": "0"}, "--audit-log-max-bytes 0 must be at least 1."),
+        ({"audit_log_keep": 0}, "--audit-log-keep 0 must be at least 1."),
+        ({"otlp_endpoint": "collector:4318"}, "--otlp-endpoint collector:4318: must be a URL such as"),
+    ],
+)
+def test_logs_metrics_and_traces_that_cannot_be(options, said):
+    with pytest.raises(ConfigError) as refused:
+        configure(**options)
+    assert str(refused.value).startswith(said)
 
 
 def test_a_folder_is_served_by_its_own_name(tmp_path):
