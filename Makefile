@@ -7,7 +7,7 @@ ARGS ?=
 CLIENTS := tests/clients
 CLIENTS_VENV ?= .venv-clients
 
-.PHONY: serve test test-clients lint install clean
+.PHONY: serve test test-clients lint install audit clean
 
 serve: install
 	$(BIN)/finesteer serve $(ARGS)
@@ -39,6 +39,10 @@ $(CLIENTS_VENV)/installed: $(CLIENTS)/requirements.lock
 # Without npm the tests of the Node clients are skipped, and say so.
 $(CLIENTS)/node/node_modules/.package-lock.json: $(CLIENTS)/node/package-lock.json
 	if command -v npm; then cd $(CLIENTS)/node && npm ci --silent --no-audit --no-fund && touch node_modules/.package-lock.json; fi
+
+audit:
+	$(PYTHON) -m venv build/audit && build/audit/bin/pip install --quiet pip-audit==2.10.1
+	build/audit/bin/pip-audit --disable-pip --no-deps -r constraints.txt
 
 clean:
 	rm -rf $(VENV) $(CLIENTS_VENV) $(CLIENTS)/node/node_modules build *.egg-info

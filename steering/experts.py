@@ -7,13 +7,13 @@ Everything runs in float32, whatever the model's dtype; the vector is cast once,
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from steering.errors import ShapeError
+from steering.operator import Operator, check_width
 
 
 class Synthesis(NamedTuple):
@@ -25,7 +25,7 @@ class Synthesis(NamedTuple):
 
 
 @dataclass(frozen=True)
-class MixtureOfSteeringExperts:
+class MixtureOfSteeringExperts(Operator):
     """v(h) = σ·(Σ_k α_k(h) c_k + U_res β(h)) (FineSteer, MoSE).
 
     Deviations (ours): h is standardised first, z = (h − input_mean)/input_std; the sum is in units of σ = `shift_scale`,
@@ -80,8 +80,7 @@ class MixtureOfSteeringExperts:
         return self._coefficients(self._standardise(states))
 
     def _standardise(self, states: Tensor) -> Tensor:
-        if states.shape[-1] != self.input_mean.shape[0]:
-            raise ShapeError(f"states are {states.shape[-1]} wide, the experts {self.input_mean.shape[0]}")
+        check_width(states, self.input_mean.shape[0], "experts")
         return (states.float() - self.input_mean) / self.input_std
 
     def _route(self, standardised: Tensor) -> Tensor:
@@ -93,31 +92,21 @@ class MixtureOfSteeringExperts:
         hidden = torch.relu(standardised @ self.hidden_weight.T + self.hidden_bias)
         return hidden @ self.output_weight.T + self.output_bias
 
-    def to(self, device: torch.device | str) -> MixtureOfSteeringExperts:
-        """The same experts with their tensors on `device`."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device) for k, v in tensors.items() if isinstance(v, Tensor)})
-
 
 @dataclass(frozen=True)
-class ConstantVector:
+class ConstantVector(Operator):
     """The same vector for every query: the `caa` and `refusal_vector` baselines. `vector`: (d,) float32."""
 
     vector: Tensor
 
     def __call__(self, states: Tensor) -> Synthesis:
         """The vector, once for each of (N, d) states. Raises ShapeError if d is not the vector's."""
-        if states.shape[-1] != self.vector.shape[0]:
-            raise ShapeError(f"states are {states.shape[-1]} wide, the vector {self.vector.shape[0]}")
+        check_width(states, self.vector.shape[0], "vector")
         return Synthesis(self.vector.expand(states.shape[0], -1), None, None)
-
-    def to(self, device: torch.device | str) -> ConstantVector:
-        """The same vector on `device`."""
-        return ConstantVector(self.vector.to(device))
 
 
 @dataclass(frozen=True)
-class LayeredVectors:
+class LayeredVectors(Operator):
     """A vector of its own for each of several layers, the same for every query: control vectors of other tools.
 
     Attributes:
@@ -134,13 +123,9 @@ class LayeredVectors:
         """What the `index`-th layer gets."""
         return ConstantVector(self.vectors[index])
 
-    def to(self, device: torch.device | str) -> LayeredVectors:
-        """The same vectors on `device`."""
-        return LayeredVectors(self.vectors.to(device))
-
 
 @dataclass(frozen=True)
-class LinearMap:
+class LinearMap(Operator):
     """v(h) = W h with W = `left` @ `right`: the `alphasteer` baseline, whose W = Δ P vanishes on general queries' states.
 
     W is kept as its factors: AlphaSteer's has as many independent columns as the regression has targets, in its published
@@ -155,8 +140,7 @@ class LinearMap:
 
     def __call__(self, states: Tensor) -> Synthesis:
         """W h for (N, d) states of any float dtype. Raises ShapeError if d is not the map's."""
-        if states.shape[-1] != self.right.shape[1]:
-            raise ShapeError(f"states are {states.shape[-1]} wide, the map {self.right.shape[1]}")
+        check_width(states, self.right.shape[1], "map")
         return Synthesis((states.float() @ self.right.T) @ self.left.T, None, None)
 
     @property
@@ -164,10 +148,6 @@ class LinearMap:
         """‖W‖₂, the most that ‖W h‖/‖h‖ can be. Waits for the device."""
         inner = torch.linalg.qr(self.left.double()).R @ torch.linalg.qr(self.right.T.double()).R.T  # (k, k)
         return float(torch.linalg.matrix_norm(inner, 2))
-
-    def to(self, device: torch.device | str) -> LinearMap:
-        """The same map on `device`."""
-        return LinearMap(self.left.to(device), self.right.to(device))
 
 
 Experts = MixtureOfSteeringExperts | ConstantVector | LayeredVectors | LinearMap

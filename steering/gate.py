@@ -7,13 +7,13 @@ of host synchronisation.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from steering.errors import ShapeError
+from steering.operator import Operator, check_width
 
 Direction = Literal["above", "below"]
 
@@ -41,8 +41,16 @@ def energy_ratio(states: Tensor, mean: Tensor, basis: Tensor) -> Tensor:
     return (inside / total.clamp_min(torch.finfo(torch.float32).tiny)).clamp(max=1.0)
 
 
+def lower_quantile(ordered: Tensor, tail: float) -> Tensor:
+    """The ⌊ε(M+1)⌋-th smallest of (M,) ascending ratios, a scalar: split conformal's quantile for a tail ε.
+
+    Where ε(M+1) < 1 it is the smallest, whose guarantee is 1/(M+1).
+    """
+    return ordered[max(int(tail * (len(ordered) + 1)), 1) - 1]
+
+
 @dataclass(frozen=True)
-class QuantileGate:
+class QuantileGate(Operator):
     """g = 1 where s ≥ τ, else (F(s)/ε)^γ, exactly 0 under `floor` (FineSteer, SCS; the floor is ours).
 
     F is the empirical CDF of the energy ratios of IR queries that did not shape V (`calibration`, sorted), τ their
@@ -66,16 +74,12 @@ class QuantileGate:
 
     @property
     def threshold(self) -> Tensor:
-        """τ, a float32 scalar on the gate's device: the ⌊ε(M+1)⌋-th smallest calibration ratio.
-
-        Where ε(M+1) < 1 it is the smallest, whose guarantee is 1/(M+1).
-        """
-        return self.calibration[max(int(self.tail * (len(self.calibration) + 1)), 1) - 1]
+        """τ, a float32 scalar on the gate's device: the calibration's `lower_quantile`."""
+        return lower_quantile(self.calibration, self.tail)
 
     def __call__(self, states: Tensor) -> GateReading:
         """Read the gate for (N, d) states. Raises ShapeError if d is not the gate's."""
-        if states.shape[-1] != self.mean.shape[0]:
-            raise ShapeError(f"states are {states.shape[-1]} wide, the gate {self.mean.shape[0]}")
+        check_width(states, self.mean.shape[0], "gate")
         ratio = energy_ratio(states, self.mean, self.basis)
         return GateReading(self.soft_gate(ratio), ratio)
 
@@ -86,10 +90,6 @@ class QuantileGate:
         gate = torch.where(ratio >= self.threshold, 1.0, soft)
         gate = torch.where(gate < self.floor, 0.0, gate)
         return torch.where(ratio.isnan(), ratio, gate)
-
-    def to(self, device: torch.device | str) -> QuantileGate:
-        """The same gate with its tensors on `device`."""
-        return replace(self, **{k: getattr(self, k).to(device) for k in ("mean", "basis", "calibration")})
 
 
 def condition_similarity(states: Tensor, condition: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ def condition_similarity(states: Tensor, condition: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class CosineGate:
+class CosineGate(Operator):
     """g = 1 where sim(h, tanh(proj_c h)) is at least θ (or, direction "below", at most θ), else 0 (CAST).
 
     Deviations (ours): h is the query's state at the profile's one site, where CAST averages the prompt's states at layers
@@ -129,8 +129,7 @@ class CosineGate:
 
     def __call__(self, states: Tensor) -> GateReading:
         """Read the gate for (N, d) states. Raises ShapeError if d is not the gate's."""
-        if states.shape[-1] != self.condition.shape[0]:
-            raise ShapeError(f"states are {states.shape[-1]} wide, the gate {self.condition.shape[0]}")
+        check_width(states, self.condition.shape[0], "gate")
         return GateReading(self.hard_gate(condition_similarity(states, self.condition)), None)
 
     def hard_gate(self, similarity: Tensor) -> Tensor:
@@ -138,22 +137,14 @@ class CosineGate:
         opens = similarity >= self.threshold if self.direction == "above" else similarity <= self.threshold
         return torch.where(similarity.isnan(), similarity, opens.float())
 
-    def to(self, device: torch.device | str) -> CosineGate:
-        """The same gate with its tensors on `device`."""
-        return replace(self, condition=self.condition.to(device))
-
 
 @dataclass(frozen=True)
-class AlwaysOpenGate:
+class AlwaysOpenGate(Operator):
     """g = 1 for every query: the ungated baselines."""
 
     def __call__(self, states: Tensor) -> GateReading:
         """Ones for (N, d) states."""
         return GateReading(torch.ones(states.shape[0], device=states.device), None)
-
-    def to(self, device: torch.device | str) -> AlwaysOpenGate:
-        """Itself: it holds no tensors."""
-        return self
 
 
 Gate = QuantileGate | CosineGate | AlwaysOpenGate

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from steering.errors import TrainingDataError
 from steering.gate import QuantileGate
 from steering.profile import SteeringProfile
+from steering.training.cross_fitting import Rule, judged_by_other_half
 from steering.training.data import LabelledQuery, bare, file_record, file_sha256, read_queries, refuse_overlap
 from steering.training.extraction import DEFAULT_BATCH_TOKENS, query_states
 from steering.training.fit_gate import energy_ratios, missed_out_of_sample
@@ -115,12 +116,12 @@ def calibrate_fire_rate(
 
 def fired_out_of_sample(gate: QuantileGate, ir_ratios: Tensor, general_ratios: Tensor, fire_rate: float) -> Tensor:
     """Whether each general query fires a gate calibrated on the other half of them: (N,) bool."""
-    halves = torch.randperm(len(general_ratios), generator=torch.Generator().manual_seed(0)) % 2
-    fired = torch.zeros(len(general_ratios), dtype=torch.bool)
-    for half in (0, 1):
-        other = calibrate_fire_rate(gate, ir_ratios, general_ratios[halves != half], fire_rate)[0]
-        fired[halves == half] = other.soft_gate(general_ratios[halves == half]) > 0
-    return fired
+
+    def fires(others: Tensor) -> Rule:
+        calibrated, _ = calibrate_fire_rate(gate, ir_ratios, others, fire_rate)
+        return lambda mine: calibrated.soft_gate(mine) > 0
+
+    return judged_by_other_half(fires, general_ratios)[0]
 
 
 def calibrate(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from steering.errors import TrainingDataError
 from steering.gate import CosineGate, Direction, condition_similarity
-from steering.training.fit_gate import FOLDS
+from steering.training.cross_fitting import FOLDS, Rule, fold_numbers, judged_by_other_half
 from steering.training.statistics import auc
 
 
@@ -54,7 +54,7 @@ def fit_cast(
         ir, held_out = condition_similarity(calibration_states, condition), "calibration queries and cross-fitting"
     threshold, direction, f1 = best_threshold(ir, general)
     separation = auc(ir, general)
-    ir_fired, general_fired = _fired_out_of_sample(ir, general, seed)
+    ir_fired, general_fired = judged_by_other_half(_opens, ir, general, seed=seed)
     return CastFit(
         CosineGate(condition, threshold, direction),
         f1,
@@ -119,7 +119,7 @@ def best_threshold(ir: Tensor, general: Tensor) -> tuple[float, Direction, float
 def _cross_fitted(ir: Tensor, general: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """Each state's similarity under a condition vector fitted without its fold: (M,), (N,)."""
     generator = torch.Generator().manual_seed(seed)
-    folds = [torch.randperm(len(s), generator=generator) % FOLDS for s in (ir, general)]
+    folds = [fold_numbers(len(s), FOLDS, generator) for s in (ir, general)]
     found = torch.empty(len(ir)), torch.empty(len(general))
     for fold in range(FOLDS):
         condition = condition_vector(*(s[f != fold] for s, f in zip((ir, general), folds, strict=True)))
@@ -128,13 +128,7 @@ def _cross_fitted(ir: Tensor, general: Tensor, seed: int) -> tuple[Tensor, Tenso
     return found
 
 
-def _fired_out_of_sample(ir: Tensor, general: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    halves = [torch.randperm(len(s), generator=generator) % 2 for s in (ir, general)]
-    fired = torch.zeros(len(ir), dtype=torch.bool), torch.zeros(len(general), dtype=torch.bool)
-    for half in (0, 1):
-        theta, direction, _ = best_threshold(ir[halves[0] != half], general[halves[1] != half])
-        for side, similarity in enumerate((ir, general)):
-            mine = similarity[halves[side] == half]
-            fired[side][halves[side] == half] = mine >= theta if direction == "above" else mine <= theta
-    return fired
+def _opens(ir: Tensor, general: Tensor) -> Rule:
+    """Whether similarities open a gate with these queries' best threshold."""
+    theta, direction, _ = best_threshold(ir, general)
+    return lambda mine: mine >= theta if direction == "above" else mine <= theta

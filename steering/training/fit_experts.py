@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from sklearn.cluster import KMeans
-from sklearn.metrics import calinski_harabasz_score, silhouette_score
+from sklearn.metrics import calinski_harabasz_score, pairwise_distances, silhouette_score
 from torch import Tensor
 
 from steering.errors import TrainingDataError
@@ -23,7 +23,11 @@ MIN_PAIRS = 20
 
 @dataclass(frozen=True)
 class ExpertOptions:
-    """Hyperparameters; the defaults are the paper's where it gives them. `variant`: see `fit_experts`."""
+    """Hyperparameters; the defaults are the paper's where it gives them. `variant`: see `fit_experts`.
+
+    `patience`: how many epochs may pass without the validation error falling by `improvement`, a share of the mean squared
+    shift (ours: without, noise far below what matters goes on resetting the count).
+    """
 
     variant: Variant = "standard"
     prototypes: tuple[int, int] = (4, 10)
@@ -38,6 +42,7 @@ class ExpertOptions:
     clip: float = 1.0
     validation: float = 0.1
     patience: int = 8
+    improvement: float = 1e-4
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,8 @@ def refuse_too_few(num_queries: int) -> None:
 
 
 CRITERIA = ("elbow", "silhouette", "calinski_harabasz")
+RESTARTS = 10
+RESTART_SAMPLE = 4000  # of the shifts: what k-means restarts on
 SILHOUETTE_SAMPLE = 2000  # its cost is quadratic
 
 
@@ -130,19 +137,18 @@ def _prototypes(
 ) -> tuple[Tensor, np.ndarray, dict[str, dict[int, float]], dict[str, int]]:
     """K-means centroids, K the (lower) median of the criteria's choices: (K, d), each shift's cluster, scores, choices."""
     rows = shifts.double().numpy()
-    fits = {
-        k: KMeans(k, n_init=10, random_state=seed).fit(rows)
-        for k in range(counts[0], min(counts[1], len(shifts) - 1) + 1)
-    }
+    fits = _clusterings(rows, range(counts[0], min(counts[1], len(shifts) - 1) + 1), seed)
     judged = {k: fit for k, fit in fits.items() if k > 1}
     scores: dict[str, dict[int, float]] = {}
     for name in criteria:
         if name == "elbow":
             scores[name] = elbow({k: float(fit.inertia_) for k, fit in fits.items()})
         elif name == "silhouette":
-            size = min(SILHOUETTE_SAMPLE, len(rows))
+            some = _some(len(rows), SILHOUETTE_SAMPLE, seed)
+            distances = pairwise_distances(rows[some])
+            np.fill_diagonal(distances, 0)  # rounding
             scores[name] = {
-                k: float(silhouette_score(rows, fit.labels_, sample_size=size, random_state=seed))
+                k: float(silhouette_score(distances, fit.labels_[some], metric="precomputed"))
                 for k, fit in judged.items()
             }
         else:
@@ -150,6 +156,21 @@ def _prototypes(
     choices = {name: max(found, key=found.__getitem__) if found else counts[0] for name, found in scores.items()}
     best = sorted(choices.values())[(len(choices) - 1) // 2]
     return torch.from_numpy(fits[best].cluster_centers_).float(), fits[best].labels_, scores, choices
+
+
+def _clusterings(rows: np.ndarray, counts: Iterable[int], seed: int) -> dict[int, KMeans]:
+    """K-means of (N, d) rows for each K. Of more than `RESTART_SAMPLE` rows the restarts see a sample, whose best centroids
+    all rows then start from: one run on all of them in place of ten."""
+    sample = rows[_some(len(rows), RESTART_SAMPLE, seed)]
+    fits = {k: KMeans(k, n_init=RESTARTS, random_state=seed).fit(sample) for k in counts}
+    if len(sample) == len(rows):
+        return fits
+    return {k: KMeans(k, init=fit.cluster_centers_, n_init=1).fit(rows) for k, fit in fits.items()}
+
+
+def _some(count: int, most: int, seed: int) -> np.ndarray:
+    """The numbers of at most so many of `count` rows: all of them in order, or a seeded draw."""
+    return np.arange(count) if count <= most else np.random.RandomState(seed).permutation(count)[:most]
 
 
 def elbow(inertias: dict[int, float]) -> dict[int, float]:
@@ -233,7 +254,8 @@ def _train(
     """AdamW on the operator's own forward; returns the best epoch's experts, frozen, and (training, validation) errors."""
     parameters = [getattr(experts, name) for name in _trained(experts)]
     optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
-    best, best_error, since, curve = _freeze(experts), float("inf"), 0, []
+    best, best_error, curve = _freeze(experts), float("inf"), []
+    improved, since = float("inf"), 0
     with progress_bar("router and residual", options.epochs, progress) as advance:
         for _ in range(options.epochs):
             total = 0.0
@@ -249,7 +271,9 @@ def _train(
             curve.append((total / len(training), error))
             advance()
             if error < best_error:
-                best, best_error, since = _freeze(experts), error, 0
+                best, best_error = _freeze(experts), error
+            if error < improved - options.improvement:
+                improved, since = error, 0
             elif (since := since + 1) > options.patience:
                 break
     return best, curve

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from steering.errors import TrainingDataError
-from steering.gate import QuantileGate, energy_ratio
+from steering.gate import QuantileGate, energy_ratio, lower_quantile
+from steering.training.cross_fitting import FOLDS, Rule, fold_numbers, judged_by_other_half
 from steering.training.principal import CHUNK, Moments
 from steering.training.statistics import auc
 
 Centre = Literal["none", "general", "ir"]
 CENTRES: tuple[Centre, ...] = ("none", "general", "ir")
 RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-FOLDS = 5
 MIN_AUC = 0.8
 
 
@@ -88,7 +88,7 @@ def fit_gate(
     for c in centres:
         for r in ranks:
             ir, general = ratios[c, r]
-            threshold = ir.sort().values[max(int(tail * (len(ir) + 1)), 1) - 1]
+            threshold = lower_quantile(ir.sort().values, tail)
             fire_rate = float((general >= threshold).float().mean())
             candidates.append(Candidate(c, r, auc(ir, general), fire_rate))
     lowest = min(c.fire_rate for c in candidates)
@@ -143,12 +143,12 @@ def missed_out_of_sample(ratios: Tensor, tail: float, seed: int = 0) -> Tensor:
     Judged by the threshold that they set themselves, a share of just ε would fall under it, whatever the gate is worth.
     Args and returns: (M,) float32 → (M,) bool.
     """
-    halves = torch.randperm(len(ratios), generator=torch.Generator().manual_seed(seed)) % 2
-    missed = torch.zeros(len(ratios), dtype=torch.bool)
-    for half in (0, 1):
-        others = ratios[halves != half].sort().values
-        missed[halves == half] = ratios[halves == half] < others[max(int(tail * (len(others) + 1)), 1) - 1]
-    return missed
+
+    def under(others: Tensor) -> Rule:
+        threshold = lower_quantile(others.sort().values, tail)
+        return lambda mine: mine < threshold
+
+    return judged_by_other_half(under, ratios, seed=seed)[0]
 
 
 def _cross_fitted(
@@ -160,8 +160,7 @@ def _cross_fitted(
     no more of the states than a thousand rows is ever copied.
     """
     generator = torch.Generator().manual_seed(seed)
-    ir_folds = torch.randperm(len(ir), generator=generator) % FOLDS
-    general_folds = torch.randperm(len(general), generator=generator) % FOLDS
+    ir_folds, general_folds = (fold_numbers(len(s), FOLDS, generator) for s in (ir, general))
     ratios = {(c, r): (torch.empty(len(ir)), torch.empty(len(general))) for c in centres for r in ranks}
     means = {"none": torch.zeros(FOLDS, ir.shape[1]), "ir": _means_without(ir, ir_folds)}
     means["general"] = _means_without(general, general_folds)

@@ -15,12 +15,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from steering.training.fit_experts import fit_experts
+from steering.manifest import Variant
+from steering.training.fit_experts import ExpertOptions, fit_experts
 from steering.training.fit_gate import fit_gate
 
 KINDS = 6
@@ -48,14 +50,14 @@ def gate(count: int, width: int, flat: bool) -> Callable[[], object]:
     return lambda: fit_gate(ir, general)
 
 
-def experts(count: int, width: int, flat: bool) -> Callable[[], object]:
+def experts(count: int, width: int, flat: bool, variant: Variant = "standard") -> Callable[[], object]:
     kind = torch.arange(count) % KINDS
     queries = states(count, width, 6, flat).add_(draw(7, KINDS, width)[kind])
     shifts = states(count, width, 8, flat).add_(draw(9, KINDS, width)[kind])
-    return lambda: fit_experts(queries, shifts)
+    return lambda: fit_experts(queries, shifts, ExpertOptions(variant=variant))
 
 
-FITS = {"gate": gate, "experts": experts}
+FITS = {"gate": gate, "experts": experts, "orthogonal_residual": partial(experts, variant="orthogonal_residual")}
 
 
 def measure(name: str, count: int, width: int, flat: bool, threads: int) -> dict[str, float]:
@@ -81,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--pairs", type=int, nargs="*", default=[400, 1000, 3000])
+    parser.add_argument("--pairs", type=int, nargs="*", default=[400, 1000, 3000, 10_000])
     parser.add_argument("--queries", type=int, nargs="*", default=[400, 1000, 3000, 10_000])
     parser.add_argument("--flat", action="store_true", help="white noise: directions as hard to find as can be")
     parser.add_argument("--measure", nargs=2, metavar=("FIT", "COUNT"), help=argparse.SUPPRESS)
@@ -91,7 +93,8 @@ def main() -> None:
         print(json.dumps(measure(options.measure[0], int(options.measure[1]), *common)))
         return
     console = Console(width=140)
-    for name, counts in (("gate", options.queries), ("experts", options.pairs)):
+    for name in FITS:
+        counts = options.queries if name == "gate" else options.pairs
         before: tuple[int, float] | None = None
         for count in counts:
             found = in_a_process(name, count, *common)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from sklearn.cluster import KMeans
+from sklearn.metrics import calinski_harabasz_score, silhouette_score
 
 from steering.errors import ShapeError, TrainingDataError
 from steering.experts import ConstantVector, LinearMap
-from steering.training.fit_experts import ExpertOptions, elbow, fit_experts
+from steering.training import fit_experts as fitting
+from steering.training.fit_experts import RESTARTS, ExpertOptions, elbow, fit_experts
+from tests.parity import numpy_reference as reference
 from tests.tiny import orthogonal_profile, tiny_model, tiny_profile
 
 
@@ -24,21 +29,16 @@ def drawn(seed, *shape):
 
 
 def in_numpy(experts, states):
-    """v, α and ‖residual‖ for each state, from the formulas, one state at a time, in float64."""
+    """v, α and ‖residual‖ for each state, by the float64 reference."""
     e = {k: v.double().numpy() for k, v in vars(experts).items() if isinstance(v, torch.Tensor)}
+    mlp = [e[k] for k in ("hidden_weight", "hidden_bias", "output_weight", "output_bias")]
     vectors, routings, residuals = [], [], []
     for h in states.double().numpy():
-        z = (h - e["input_mean"]) / e["input_std"]
-        scores = np.array([(e["key_projection"] @ c) @ (e["query_projection"] @ z) for c in e["prototypes"]])
-        weights = np.exp((scores - scores.max()) / np.sqrt(len(e["key_projection"])))
-        weights /= weights.sum()
-        beta = e["output_weight"] @ np.maximum(e["hidden_weight"] @ z + e["hidden_bias"], 0) + e["output_bias"]
-        residual = experts.shift_scale * e["residual_basis"] @ beta
-        vectors.append(
-            experts.shift_scale * sum(a * c for a, c in zip(weights, e["prototypes"], strict=True)) + residual
-        )
-        routings.append(weights)
-        residuals.append(np.linalg.norm(residual))
+        z = reference.standardise(h, e["input_mean"], e["input_std"])
+        vectors.append(reference.steering_vector(h, e, experts.shift_scale))
+        routings.append(reference.routing(z, e["prototypes"], e["query_projection"], e["key_projection"]))
+        residual = e["residual_basis"] @ reference.residual_coefficients(z, *mlp)
+        residuals.append(experts.shift_scale * np.linalg.norm(residual))
     return np.array(vectors), np.array(routings), np.array(residuals)
 
 
@@ -250,6 +250,64 @@ def test_where_no_clusters_are_planted_no_number_of_them_stands_out(seed):
     assert highest["calinski_harabasz"] < 12 and highest["silhouette"] < 0.06 and highest["elbow"] < 0.2
     lengths_gone = fit_experts(drawn(seed, 240, 24), drawn(seed + 1, 240, 24), ExpertOptions(epochs=1))
     assert max(lengths_gone.cluster_scores.values()) < 12
+
+
+def uneven(count=3000, d=24, noise=0.5):
+    """Seven clusters, the smallest of one row in 85."""
+    weights = np.array([40, 20, 10, 8, 4, 2, 1])
+    which = torch.from_numpy(np.random.default_rng(4).choice(7, count, p=weights / weights.sum()))
+    centres = RADIUS * torch.nn.functional.normalize(drawn(35, 7, d), dim=-1)
+    return drawn(33, count, d), centres[which] + noise * drawn(136, count, d), which
+
+
+def test_of_many_shifts_restarts_on_a_sample_find_what_restarts_on_all_would_at_a_tenth_of_the_runs(monkeypatch):
+    monkeypatch.setattr(fitting, "RESTART_SAMPLE", 2000)
+    states, shifts, which = uneven()
+    rows = torch.nn.functional.normalize(shifts, dim=-1).double().numpy()
+    wanted, hasty = {}, {}
+    for k in range(4, 11):
+        wanted[k] = calinski_harabasz_score(rows, KMeans(k, n_init=10, random_state=0).fit_predict(rows))
+        first = KMeans(k, init="random", n_init=1, max_iter=1, random_state=0)  # the control
+        with warnings.catch_warnings(action="ignore"):
+            hasty[k] = calinski_harabasz_score(rows, first.fit_predict(rows))
+    runs, fit_once = [], KMeans.fit
+
+    def counted(self, rows, *args, **kwargs):
+        runs.append((len(rows), self.n_init))
+        return fit_once(self, rows, *args, **kwargs)
+
+    monkeypatch.setattr(KMeans, "fit", counted)
+    fit = fit_experts(states, shifts, ExpertOptions(epochs=1))
+    assert sorted(runs) == [(2000, RESTARTS)] * 7 + [(len(rows), 1)] * 7
+    assert fit.cluster_scores == pytest.approx(wanted, rel=0.02)
+    assert min(hasty[k] / wanted[k] for k in wanted) < 0.9
+    assert len(fit.experts.prototypes) == max(wanted, key=wanted.__getitem__)
+    fit = fit_experts(states, shifts, ExpertOptions(epochs=1, prototypes=(7, 7)))
+    clusters = torch.from_numpy(fit.clusters)
+    assert sum(int(which[clusters == k].bincount().max()) for k in range(7)) == len(rows)  # all of them, to the rarest
+    centroids = [rows[fit.clusters == k].mean(0) for k in range(7)]
+    np.testing.assert_allclose(fit.experts.prototypes.numpy(), centroids, atol=1e-5)
+
+
+def test_of_many_shifts_the_silhouette_is_that_of_a_seeded_sample(monkeypatch):
+    monkeypatch.setattr(fitting, "SILHOUETTE_SAMPLE", 150)
+    states, shifts, _ = planted(noise=1.0)
+    options = ExpertOptions(variant="orthogonal_residual", prototypes=(5, 5), epochs=1)
+    first, second = (fit_experts(states, shifts, options, seed=seed) for seed in (0, 1))
+    for seed, fit in enumerate((first, second)):
+        wanted = silhouette_score(shifts.double().numpy(), fit.clusters, sample_size=150, random_state=seed)
+        assert fit.criteria["silhouette"][5] == pytest.approx(wanted, rel=1e-5)
+    assert first.criteria["silhouette"][5] != pytest.approx(second.criteria["silhouette"][5], rel=1e-4)
+
+
+def test_where_the_error_falls_by_less_than_what_counts_training_stops_with_the_best_weights_all_the_same():
+    states, shifts, _ = planted()
+    patient = fit_experts(states, shifts, ExpertOptions(epochs=40, improvement=0.0))
+    hasty = fit_experts(states, shifts, ExpertOptions(epochs=40, improvement=10.0))
+    assert len(patient.curve) == 40 and len(hasty.curve) == 1 + ExpertOptions().patience + 1
+    assert hasty.curve == patient.curve[: len(hasty.curve)]
+    assert hasty.validation_error == pytest.approx(min(error for _, error in hasty.curve), rel=1e-5)
+    assert hasty.curve[0][1] > 2 * hasty.validation_error  # it did go on falling
 
 
 def test_where_the_query_tells_nothing_the_mixture_cannot_beat_the_mean_vector():
