@@ -13,7 +13,16 @@ from tests.serving import samples
 
 # Their values are times, or of this moment, or no answer shows them (test_lifecycle counts the calibration ranks): how often they are observed can be foretold, what is observed cannot.
 TIMES = ("_seconds_sum",)
-MOMENTARY = ("_created", "_bucket", "num_requests_", "kv_cache_", "prefix_cache_", "num_preemptions", "gate_threshold", "calibration_rank")
+MOMENTARY = (
+    "_created",
+    "_bucket",
+    "num_requests_",
+    "kv_cache_",
+    "prefix_cache_",
+    "num_preemptions",
+    "gate_threshold",
+    "calibration_rank",
+)
 Series = tuple[str, frozenset]
 
 

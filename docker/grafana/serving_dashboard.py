@@ -114,6 +114,13 @@ def _traffic():
         limit=0.01,
     )
     yield lines(
+        "Answers by status",
+        "Requests of every path that ended in a second, by class of HTTP status: refused ones, too, which are no completions.",
+        "requests/s",
+        [Query(rate("finesteer:http_requests_total", INSTANCES, "status"), "{{status}}")],
+        stacked=True,
+    )
+    yield lines(
         "Preemptions",
         "Sequences in a second that had to go back to the queue because KV memory ran out.",
         "preemptions/s",

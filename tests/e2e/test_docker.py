@@ -28,9 +28,9 @@ SERVER = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]["serv
 
 
 def tool(name: str) -> str:
-    """A program of the dev extra, by its path; skips where it is not installed. One of another version elsewhere does not do."""
+    """A program of the docker extra, by its path; skips where it is not installed. One of another version elsewhere does not do."""
     found = Path(sys.executable).with_name(name)
-    return str(found) if found.exists() else pytest.skip(f"{name} is not installed (dev extra)")
+    return str(found) if found.exists() else pytest.skip(f"{name} is not installed (docker extra)")
 
 
 def lint(dockerfile: str) -> subprocess.CompletedProcess:
