@@ -15,8 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from steering.architecture import decoder_layers
-from steering.training.data import Query
-from steering.training.extraction import answer_states, batches_by_length, encode_query, query_states
+from steering.training.data import Pair, Query
+from steering.training.extraction import batches_by_length, encode_query, query_states, shifts
 
 WORDS = "how do I bake the bread that my old aunt made for her friends in summer"
 
@@ -35,14 +35,21 @@ def main() -> None:
         Query((("user", " ".join(rng.choices(WORDS.split(), k=rng.randint(5, 40)))),), str(i))
         for i in range(arguments.queries)
     ]
-    answers = [" ".join(rng.choices(WORDS.split(), k=rng.randint(20, 60))) for _ in queries]
+    pairs = [
+        Pair(query, *(" ".join(rng.choices(WORDS.split(), k=rng.randint(20, 60))) for _ in "+-")) for query in queries
+    ]
     layers = range(len(decoder_layers(model)))
     prompts = [encode_query(tokenizer, query) for query in queries]
-    whole = [p + tokenizer(a, add_special_tokens=False)["input_ids"] for p, a in zip(prompts, answers, strict=True)]
+    whole = [
+        prompt + tokenizer(answer, add_special_tokens=False)["input_ids"]
+        for side in ("preferred", "undesired")
+        for prompt, pair in zip(prompts, pairs, strict=True)
+        for answer in [getattr(pair, side)]
+    ]
     options = {"batch_tokens": arguments.batch_tokens}
     for name, rows, ours in (  # tokenising included
         ("queries", prompts, lambda: query_states(model, tokenizer, queries, layers, **options)),
-        ("answers", whole, lambda: answer_states(model, tokenizer, queries, answers, layers, **options)),
+        ("answers", whole, lambda: shifts(model, tokenizer, pairs, layers, **options)),
     ):
         bare = forward(model, rows, arguments.batch_tokens)
         bare(), ours()
