@@ -35,6 +35,7 @@ from server.service import Service
 from steering.errors import SteeringError
 
 WRITE_LAST_WORDS_S = 2.0
+FIRST_LINE_S = 5.0  # for the audit log to take it
 
 
 def run(config: ServerConfig, listener: socket.socket) -> None:
@@ -80,6 +81,8 @@ def run(config: ServerConfig, listener: socket.socket) -> None:
                 f"--max-steer-strength {config.policy.max_strength:g} is below profile {name!r}'s own strength of "
                 f"{manifest.strength:g}. Raise it, or leave the profile out."
             )
+    if audit is not None:
+        _tell_what_acts(audit, config, engine)
     app = create_app(config, engine, prompter, metrics, audit=audit, tracer=tracer)
     address = address_of(listener)
     server = make_server(app, lambda: _announce(console, config, engine, address))
@@ -120,6 +123,25 @@ def _audit_log(config: ServerConfig) -> AuditLog | None:
         )
     except AuditLogError as error:
         raise ConfigError(f"--audit-log {error}") from error
+
+
+def _tell_what_acts(audit: AuditLog, config: ServerConfig, engine: Engine) -> None:
+    """The audit log's first line of this run: which profiles, and what clients may change about them.
+
+    Raises ConfigError where it is required and cannot be written.
+    """
+    profiles = {
+        name: {
+            "version": manifest.version,
+            "strength": manifest.strength,
+            "mode": config.policy.mode(name),
+            "override": config.policy.override(name),
+        }
+        for name, manifest in engine.profiles.items()
+    }
+    audit.tell("started", model=config.served_model_name, profiles=profiles)
+    if config.audit_log_required and not audit.flush(FIRST_LINE_S):
+        raise ConfigError(f"--audit-log-required: {audit.failure or 'the audit log does not take its first line'}.")
 
 
 def _tracer(config: ServerConfig) -> Tracer | None:

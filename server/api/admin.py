@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from server.api.dependencies import ServiceDep, read_body
+from server.api.dependencies import ServiceDep, key_name, read_body
 from server.api.documentation import READS, documented
 from server.api.steering import profile_card
 from server.errors import InvalidRequestError, NotFoundError
@@ -34,6 +34,7 @@ async def load_profile(request: Request, service: ServiceDep) -> Response:
         raise InvalidRequestError(f"name: {problem}", param="name")
     async with service.settings.changing:
         before = service.settings.policy, service.settings.defaults
+        loaded = service.engine.profiles.get(body.name)
         service.settings.admit(body.name, body.mode, body.default, service.engine.profiles)
 
         def check(manifest: ProfileManifest) -> None:
@@ -48,6 +49,8 @@ async def load_profile(request: Request, service: ServiceDep) -> Response:
                 raise InvalidRequestError(f"source: {error}", param="source", code="unusable_profile") from error
             raise
         service.metrics.show_profiles(service.engine.profiles)
+        replaced = {} if loaded is None else {"replaced": loaded.version}
+        _audit(request, service, "profile_loaded", name=body.name, version=manifest.version, **replaced)
         return _json(profile_card(service, body.name, manifest))
 
 
@@ -65,6 +68,7 @@ async def unload_profile(request: Request, service: ServiceDep) -> Response:
         await service.engine.unload_profile(body.name)
         service.settings.forget(body.name)
         service.metrics.show_profiles(service.engine.profiles)
+        _audit(request, service, "profile_unloaded", name=body.name, version=manifest.version)
     return _json(UnloadedProfile(object="steering.profile.unloaded", id=body.name, version=manifest.version))
 
 
@@ -80,7 +84,20 @@ async def put_defaults(request: Request, service: ServiceDep) -> Response:
     body = await read_body(request, DefaultsRequest)
     async with service.settings.changing:
         service.settings.change(service.engine.profiles, body.profiles, body.strengths, body.modes)
+        _audit(request, service, "defaults_changed")
     return _json(_defaults(service))
+
+
+def _audit(request: Request, service: Service, event: str, **fields: str) -> None:
+    """Note a change, who made it and what holds now."""
+    if service.audit is not None:
+        service.audit.tell(
+            event,
+            request=request.state.request_id,
+            key=key_name(request),
+            **fields,
+            **_defaults(service).model_dump(exclude={"object"}),
+        )
 
 
 def _defaults(service: Service) -> Defaults:

@@ -1,4 +1,5 @@
-"""The audit log: one JSON line for each steering decision that an answer was given under. Append-only, written by a thread.
+"""The audit log: one JSON line for each steering decision that an answer was given under, and for each change of what decides.
+Append-only, written by a thread.
 
 A line is handed to the operating system at once, so it outlives the process; the disk is made to hold it (`fsync`) once a
 second at most, at each rotation and at the end, so a power cut costs a second. What cannot be written is kept and tried again
@@ -91,6 +92,16 @@ class AuditLog:
             if generation.decision is not None:
                 self._put(json.dumps(record(account, generation)).encode() + b"\n")
 
+    def tell(self, event: str, **fields: Any) -> None:
+        """Have something written that is no decision and changes later ones: who loaded which profile, say."""
+        self._put(json.dumps({"time": _utc(time.time()), "event": event} | fields).encode() + b"\n")
+
+    def flush(self, timeout_s: float) -> bool:
+        """Whether all that waits is written within that time; no sooner than it fails."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._waiting or self._failure is not None, timeout_s)
+            return not self._waiting and self._failure is None
+
     def close(self) -> None:
         """Write what waits, for `CLOSE_S` at most, and end. Says what is lost. Idempotent."""
         with self._changed:
@@ -160,6 +171,7 @@ class AuditLog:
             for _ in range(min(count, len(self._waiting))):  # none are left where `close` has given them up
                 self._waiting.popleft()
             self.num_records += count
+            self._changed.notify_all()
 
     def _recovered(self) -> None:
         if self._failure is not None and not self._waiting:
@@ -169,7 +181,9 @@ class AuditLog:
 
     def _failed(self, error: OSError) -> None:
         self.num_failures += 1
-        self._failure = f"the audit log cannot be written ({error.strerror})"
+        with self._changed:
+            self._failure = f"the audit log cannot be written ({error.strerror})"
+            self._changed.notify_all()
         consequence = "no new request is answered until it can" if self._required else "answers go out all the same"
         self._remind("%s: cannot be written (%s); tried again each second; %s", error.strerror, consequence)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import errno
 import hashlib
 import json
@@ -16,7 +15,6 @@ from server.access.keys import Access
 from server.observability import audit as audit_module
 from server.observability.audit import AuditLog
 from server.steering_options import SteeringPolicy
-from steering.profile import SteeringProfile
 from tests.checkpoint import CALM, FIRING
 from tests.serving import Connection, sample, serving
 
@@ -117,12 +115,10 @@ async def test_several_prompts_streams_and_what_has_no_line(artifacts, tmp_path)
 
 async def test_broken_answers(artifacts, tmp_path):
     """A client that leaves, and a vector that is not finite: the decision is there, and how it ended."""
-    profile = SteeringProfile.load(artifacts.tone)
-    profile.experts.output_bias.fill_(3e38)
-    profile.save(tmp_path / "tone")
-    broken = dataclasses.replace(artifacts, tone=tmp_path / "tone")
     path = tmp_path / "audit"
-    async with serving(broken, ("safety", "tone"), audit=opened(path)) as served:
+    async with serving(artifacts, ("safety", "tone"), audit=opened(path)) as served:
+        [tone] = [p for site in served.engine._core.runner.sites for p in site.profiles if p.name == "tone"]
+        tone.experts.output_bias.fill_(3e38)  # after the start-up proof, which would refuse it
         body = {"model": "tiny", "messages": [{"role": "user", "content": FIRING[0]}], "ignore_eos": True}
         connection = Connection(served.app, CHAT, body | {"stream": True, "steer_profiles": ["safety"]})
         running = asyncio.create_task(connection.run())
@@ -196,3 +192,24 @@ async def test_nothing_is_answered_unaudited_where_that_is_asked(artifacts, tmp_
         assert (await served.chat(FIRING[0])).status_code == 200
         assert (await served.client.get("/ready")).status_code == 200
     assert len(lines(tmp_path / "audit")) == 3, "whoever was answered is in it"
+
+
+async def test_who_changes_what_acts_is_in_it(artifacts, tmp_path):
+    path = tmp_path / "audit"
+    async with serving(artifacts, audit=opened(path), access=Access.of("k", admin="root")) as served:
+
+        async def send(method, path, **body):
+            headers = {"Authorization": "Bearer root", "X-Request-Id": "by-root"}
+            return await served.client.request(method, f"/v1/steering/{path}", json=body, headers=headers)
+
+        version = (await send("POST", "profiles/load", name="tone", source=str(artifacts.tone))).json()["version"]
+        await send("POST", "profiles/load", name="tone", source=str(artifacts.safety), mode="shadow")
+        await send("PUT", "defaults", strengths={"safety": 1.5})
+        await send("POST", "profiles/unload", name="tone")
+        assert (await send("POST", "profiles/load", name="x", source="nowhere")).status_code == 400  # changes nothing
+    loaded, replaced, changed, unloaded = lines(path)
+    assert [line["event"] for line in lines(path)] == ["profile_loaded"] * 2 + ["defaults_changed", "profile_unloaded"]
+    assert all((line["key"], line["request"]) == ("admin", "by-root") for line in lines(path))
+    assert (loaded["name"], loaded["version"], loaded["profiles"]) == ("tone", version, ["safety", "tone"])
+    assert replaced["replaced"] == version and replaced["modes"]["tone"] == "shadow"
+    assert changed["strengths"]["safety"] == 1.5 and unloaded["profiles"] == ["safety"]

@@ -28,6 +28,9 @@ def ask(address: str, text: str, name: str) -> httpx.Response:
     return httpx.post(f"{address}/v1/chat/completions", json=body, headers={"X-Request-Id": name}, timeout=30)
 
 
+PROMISED = {"version", "strength", "mode", "override"}
+
+
 def test_a_killed_server_leaves_what_it_answered_and_goes_on(artifacts, tmp_path):
     path, log = tmp_path / "audit", tmp_path / "log"
     with log.open("w") as output:
@@ -66,8 +69,10 @@ def test_a_killed_server_leaves_what_it_answered_and_goes_on(artifacts, tmp_path
         thread.join()
     *whole, end = path.read_bytes().split(b"\n")
     assert end == b"", "a line is written in one piece"
-    found = {record["request"]: record for record in map(json.loads, whole)}
-    assert len(found) == len(whole)
+    started, *records = map(json.loads, whole)
+    assert started["event"] == "started" and set(started["profiles"]["safety"]) == PROMISED
+    found = {record["request"]: record for record in records}
+    assert len(found) == len(records)
     missing = set(answered) - set(found)
     assert len(missing) <= 2, "of each client at most the last, which waited when the process was killed"
     assert all(record["applied"] == name.startswith("0") for name, record in found.items())
@@ -75,17 +80,18 @@ def test_a_killed_server_leaves_what_it_answered_and_goes_on(artifacts, tmp_path
     os.truncate(path, path.stat().st_size - 40)  # as if it had been killed in the middle of a line
     with process(*options(artifacts, "--audit-log", str(path)), log=log) as address:
         assert ask(address, FIRING[0], "after").status_code == 200
-    *before, cut, new, end = path.read_bytes().split(b"\n")
+    *before, cut, again, new, end = path.read_bytes().split(b"\n")
     assert before == whole[:-1] and whole[-1].startswith(cut) and end == b""
-    assert json.loads(new)["request"] == "after"
+    assert json.loads(again)["profiles"] == started["profiles"] and json.loads(new)["request"] == "after"
 
 
 def test_a_full_disk_ends_the_answers_where_they_must_be_audited(artifacts, tmp_path):
-    (tmp_path / "audit").symlink_to("/dev/full")
     log = tmp_path / "log"
     with process(
         *options(artifacts, "--audit-log", str(tmp_path / "audit"), "--audit-log-required"), log=log
     ) as address:
+        (tmp_path / "audit").unlink()
+        (tmp_path / "audit").symlink_to("/dev/full")
         ask(address, FIRING[0], "first")
         deadline = time.monotonic() + 20
         while "cannot be written" not in log.read_text() and time.monotonic() < deadline:
@@ -96,3 +102,12 @@ def test_a_full_disk_ends_the_answers_where_they_must_be_audited(artifacts, tmp_
     said = [line for line in log.read_text().splitlines() if "ERROR" in line]
     assert "No space left on device" in said[0] and "no new request is answered" in said[0]
     assert "1 records are lost, since the server ends" in said[-1]
+
+
+def test_a_disk_that_is_full_at_the_start_ends_it_where_answers_must_be_audited(artifacts, tmp_path):
+    (tmp_path / "audit").symlink_to("/dev/full")
+    command = [sys.executable, "-m", "server", "serve", "--port", "0"]
+    command += options(artifacts, "--audit-log", str(tmp_path / "audit"), "--audit-log-required")
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2 and "--audit-log-required: the audit log cannot be written (No space" in ended.stderr
+    assert "Traceback" not in ended.stderr
