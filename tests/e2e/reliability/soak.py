@@ -54,7 +54,10 @@ PROMPTS = (
 WAYS: tuple[dict[str, Any], ...] = ({}, {"steer_strength": 0}, {"steer_profiles": []}, {"steer_profiles": ["live"]})
 LIVE = ("safety", "refusal_vector")  # what is loaded as `live`, in turn
 ALLOWED_GROWTH_MIB_PER_MINUTE = 0.5
-ALLOWED_GROWTH_MIB = 24.0  # over the whole run: what a short one is judged by, where a slope is mostly noise
+LONG_MINUTES = (
+    20.0  # a shorter run is over before all caches and the allocator's arenas are full: no slope can be told from that
+)
+ALLOWED_GROWTH_MIB = 64.0  # in a shorter run, after its warm-up
 OPTIONS = (
     *("--num-threads", "1", "--max-num-seqs", "8", "--max-waiting", "64", "--max-model-len", "256"),
     *("--kv-cache-memory", "3MiB", "--prefix-cache-memory", "16MiB", "--responses-memory", "1MiB"),
@@ -115,8 +118,8 @@ class Soak:
             self.wrong.append((asked, said))
 
     def settled(self) -> list[Sample]:
-        """The samples after a warm-up, in which caches fill: the last three quarters."""
-        return self.samples[len(self.samples) // 4 :]
+        """The samples after a warm-up, in which caches fill: the last two thirds."""
+        return self.samples[len(self.samples) // 3 :]
 
     def growth(self) -> float:
         """MiB a minute, by least squares."""
@@ -126,8 +129,8 @@ class Soak:
         """What is not as it should be; none where the soak has passed."""
         found = [f"wrong answer to {asked}: {said}" for asked, said in self.wrong] + self.lost
         settled = self.settled()
-        grown = settled[-1].rss_mib - settled[0].rss_mib
-        if self.growth() > ALLOWED_GROWTH_MIB_PER_MINUTE and grown > ALLOWED_GROWTH_MIB:
+        grown, long = settled[-1].rss_mib - settled[0].rss_mib, settled[-1].minute >= LONG_MINUTES
+        if self.growth() > ALLOWED_GROWTH_MIB_PER_MINUTE if long else grown > ALLOWED_GROWTH_MIB:
             found.append(f"memory grows by {self.growth():.2f} MiB a minute, {grown:.0f} MiB since the warm-up")
         for name in ("num_descriptors", "num_threads"):
             counts = [getattr(s, name) for s in settled]

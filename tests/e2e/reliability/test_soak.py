@@ -27,10 +27,13 @@ def test_a_slope_is_that_of_the_line():
 
 
 def test_what_fills_up_in_the_warm_up_is_no_leak_and_what_goes_on_is():
-    assert soaked(100, 180, 199, 200, 200, 201, 200, 200).problems() == []
-    leak = [200 + i * (ALLOWED_GROWTH_MIB / 10) for i in range(16)]
-    [problem] = soaked(*leak).problems()
-    assert "memory grows by 2.40 MiB a minute" in problem
+    full = (100, 180, 199, *[200] * 27)
+    assert soaked(*full).problems() == []
+    [problem] = soaked(*(rss + 0.6 * i for i, rss in enumerate(full))).problems()
+    assert "memory grows by 0.60 MiB a minute" in problem
+    assert soaked(100, 140, 150, 155, 180).problems() == [], "too short to tell"
+    [problem] = soaked(100, 140, 141, 150, 150 + ALLOWED_GROWTH_MIB).problems()
+    assert "74 MiB since the warm-up" in problem  # 140 → 214
     [problem] = soaked(*[200.0] * 8, descriptors=12).problems()
     assert problem == "num_descriptors grew from 7 to 12"
 
