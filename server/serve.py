@@ -25,7 +25,7 @@ from server.config import ConfigError, ServerConfig
 from server.connection import MAX_HEAD_BYTES, BoundedConnection
 from server.engine.base import Engine
 from server.engine.native.load import load_engine
-from server.listen import address_of
+from server.listen import address_of, allow_connections
 from server.observability.audit import AuditLog, AuditLogError
 from server.observability.logging import configure_logging, log_fields
 from server.observability.metrics import Metrics
@@ -86,6 +86,7 @@ def run(config: ServerConfig, listener: socket.socket) -> None:
     app = create_app(config, engine, prompter, metrics, audit=audit, tracer=tracer)
     address = address_of(listener)
     server = make_server(app, lambda: _announce(console, config, engine, address))
+    allow_connections()
     server.run(sockets=[listener])
     if not server.started:
         sys.exit(1)

@@ -98,6 +98,9 @@ def test_what_outlasts_the_timeout_is_told(artifacts, tmp_path):
 def test_an_idle_server_ends_at_once(artifacts, tmp_path):
     with launched(*options(artifacts), log=tmp_path / "log") as (server, address), httpx.Client() as http:
         http.get(f"{address}/health")
+        limits = Path(f"/proc/{server.pid}/limits").read_text()
+        soft, hard = re.search(r"Max open files +(\S+) +(\S+)", limits).groups()
+        assert soft == hard, "connections are bounded by the system, not by its default of 1,024"
         begun = time.monotonic()
         server.send_signal(signal.SIGTERM)
         assert server.wait(timeout=20) == 0
