@@ -158,13 +158,12 @@ async def _on_http_exception(request: Request, error: HTTPException) -> Response
 
 
 def _methods(request: Request) -> str:
-    """What may be done with a path, all its routes together (the framework names the first one's methods only)."""
+    """What may be done with a path, all its routes together (the framework names the first one's methods only). Routes of just
+    this path come before those that take a part of it for a name."""
     routes = [*request.app.routes, *(route for module in MODULES for route in module.router.routes)]
-    methods = {"OPTIONS"}
-    for route in routes:
-        known = getattr(route, "methods", None)
-        if known and route.matches(request.scope)[0] is not Match.NONE:
-            methods |= known
+    matching = [r for r in routes if getattr(r, "methods", None) and r.matches(request.scope)[0] is not Match.NONE]
+    own = [route for route in matching if getattr(route, "path", None) == request.url.path]
+    methods = {"OPTIONS"}.union(*(getattr(route, "methods", ()) for route in own or matching))
     return ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
 
 

@@ -20,6 +20,7 @@ Override = Literal["any", "raise_only", "none"]
 STRENGTH_HEADER = "X-FineSteer-Strength"
 PROFILES_HEADER = "X-FineSteer-Profiles"
 UNSTEERED = "unsteered"
+RESERVED = (UNSTEERED, "load", "unload")
 _PROFILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 T = TypeVar("T")
 
@@ -291,11 +292,11 @@ OVERRIDE_KINDS = ("strength", "profiles", "opt_out", "gate", "positions")
 
 def profile_name_problem(name: str) -> str | None:
     """Why a profile cannot be served under this name; None where it can."""
-    if _PROFILE_NAME.fullmatch(name) and name != UNSTEERED:
+    if _PROFILE_NAME.fullmatch(name) and name not in RESERVED:
         return None
     return (
         "a profile's name is 1 to 64 letters, digits, dots, dashes and underscores, "
-        f"and not {UNSTEERED!r}, which is an alias of the model."
+        f"and not {UNSTEERED!r}, which is an alias of the model, nor load or unload, which are paths."
     )
 
 

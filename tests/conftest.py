@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
 from tests.oracle_text import TextOracle
@@ -16,3 +18,12 @@ def artifacts(tmp_path_factory) -> Artifacts:
 @pytest.fixture(scope="session")
 def oracle(artifacts: Artifacts) -> TextOracle:
     return TextOracle(artifacts)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was():
+    """A command that a test runs in process sends the log to the test's own stderr, which is closed after it."""
+    handlers, level = logging.root.handlers[:], logging.root.level
+    yield
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)

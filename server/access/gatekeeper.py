@@ -9,7 +9,11 @@ from server.access.limits import Usage
 from server.errors import AuthenticationError, ForbiddenError
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"})
-ADMIN_PATHS = frozenset({"/v1/steering/profiles/load", "/v1/steering/profiles/unload", "/v1/steering/defaults"})
+ADMIN = {
+    "/v1/steering/profiles/load": {"POST"},
+    "/v1/steering/profiles/unload": {"POST"},
+    "/v1/steering/defaults": {"GET", "HEAD", "PUT"},
+}
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Gatekeeper:
         Raises AuthenticationError, ForbiddenError, RateLimitError.
         """
         key = _bearer(authorization)
-        if path in ADMIN_PATHS:
+        if method in ADMIN.get(path, ()):
             return self._administrator(key)
         if path in OPEN_PATHS or (path == "/metrics" and not self._access.guard_metrics):
             return None

@@ -81,7 +81,7 @@ async def test_an_error_after_long_waiting_is_an_event_and_a_clean_end(busy):
     await asyncio.wait_for(running, 5)
     assert (waiting.status, waiting.ended) == (200, True)
     *_, last, end = waiting.received.decode().split("\n\n")
-    assert (end, json.loads(last.removeprefix("data: "))["error"]["code"]) == ("", "engine_unavailable")
+    assert (end, json.loads(last.removeprefix("data: "))["error"]["code"]) == ("", "shutting_down")
     assert b"[DONE]" not in waiting.received
 
 

@@ -84,7 +84,7 @@ def test_a_mapped_model_finds_the_unmapped_ones_cache(lab, unmapped, tmp_path, m
         ({"": "cpu", "model.layers.1": "disk"}, (), "'model.layers.1' lies within ''. Name each part once."),
         ({"model": "cpu", "model.norm": "disk", "lm_head": "cpu"}, (), "'model.norm' lies within 'model'."),
         ({"": "gpu"}, (), "'gpu' is no device"),
-        ({"": "meta"}, (), "'meta' holds no weights"),
+        ({"": "meta"}, (), "'meta' is not served"),
         ({"": 99}, (), "cuda:99"),
     ],
     ids=str,
