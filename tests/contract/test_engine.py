@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 
 import pytest
@@ -155,6 +156,26 @@ async def test_a_full_queue_refuses():
         refused = [r for r in results if isinstance(r, EngineOverloadedError)]
         assert refused and len(refused) + sum(isinstance(r, list) for r in results) == 8
         assert len(await collect(engine, request("later"))) == 6
+
+
+async def test_a_full_queue_refuses_at_once_though_a_step_is_long(monkeypatch):
+    """What has not reached the scheduler yet counts, too: in a long step nothing else would bound it."""
+    async with running(max_num_seqs=1, max_waiting=2) as engine:
+        released = threading.Event()
+        step = engine._core.step
+
+        def held():
+            released.wait(20)
+            return step()
+
+        monkeypatch.setattr(engine._core, "step", held)
+        tasks = [asyncio.create_task(collect(engine, request(str(i)))) for i in range(40)]
+        try:
+            await until(lambda: sum(task.done() for task in tasks) >= 36)
+            assert all(isinstance(task.exception(), EngineOverloadedError) for task in tasks if task.done())
+        finally:
+            released.set()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def test_impossible_requests_are_refused_by_name():
