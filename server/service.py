@@ -29,6 +29,13 @@ from server.wire.steering import SteeringFields
 from steering.decision import SteeringOptions
 
 
+@dataclass
+class Uploads:
+    """`num_bytes`: of the bodies that are being read."""
+
+    num_bytes: int = 0
+
+
 @dataclass(frozen=True)
 class Service:
     """The same for the life of the process; what changes is what `responses`, `settings` and the engine's profiles hold."""
@@ -41,6 +48,7 @@ class Service:
     created: int = field(default_factory=lambda: int(time.time()))
     responses: ResponseStore = field(default_factory=ResponseStore)
     draining: Draining = field(default_factory=Draining)
+    uploads: Uploads = field(default_factory=Uploads)
     audit: AuditLog | None = None
     settings: SteeringSettings = field(init=False)
 

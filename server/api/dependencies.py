@@ -9,7 +9,7 @@ from typing import Annotated, TypeVar
 from fastapi import Depends, Request
 
 from server.answers.identity import AnswerIdentity
-from server.errors import RequestTooLargeError, SlowUploadError, UnsupportedMediaTypeError
+from server.errors import OverloadedError, RequestTooLargeError, SlowUploadError, UnsupportedMediaTypeError
 from server.service import Service, new_id
 from server.steering_options import PROFILES_HEADER, STRENGTH_HEADER, Resolved, SteeringHeaders
 from server.wire.base import RequestModel
@@ -18,6 +18,7 @@ from server.wire.sampling import SamplingFields
 from server.wire.steering import SteeringFields
 
 MAX_BODY_BYTES = 4 * 2**20
+MAX_UPLOADS_BYTES = 256 * 2**20  # of all bodies that have not come in full
 JSON_SUFFIX = re.compile(r"application/[^\s/]+\+json")
 Body = TypeVar("Body", bound=RequestModel)
 
@@ -32,9 +33,10 @@ ServiceDep = Annotated[Service, Depends(_service)]
 async def read_body(request: Request, model: type[Body]) -> Body:
     """The parsed body; the time that the answer may take begins here.
 
-    Raises UnsupportedMediaTypeError, SlowUploadError, RequestTooLargeError, InvalidRequestError.
+    Raises UnsupportedMediaTypeError, SlowUploadError, RequestTooLargeError, OverloadedError, InvalidRequestError.
     """
-    config = request.app.state.service.config
+    service: Service = request.app.state.service
+    config = service.config
     arrived_s = asyncio.get_running_loop().time()
     request.state.deadline_s = arrived_s + config.request_timeout_s if config.request_timeout_s else None
     _check_media_type(request)
@@ -43,14 +45,19 @@ async def read_body(request: Request, model: type[Body]) -> Body:
         async with asyncio.timeout_at(arrived_s + config.read_timeout_s):
             async for piece in request.stream():
                 raw += piece
+                service.uploads.num_bytes += len(piece)
                 if len(raw) > MAX_BODY_BYTES:
                     raise RequestTooLargeError(
                         f"The body is larger than {MAX_BODY_BYTES >> 20} MiB. Shorten the prompt."
                     )
+                if service.uploads.num_bytes > MAX_UPLOADS_BYTES:
+                    raise OverloadedError("Too many bodies are being sent at once. Try again later.")
     except TimeoutError as error:
         raise SlowUploadError(
             f"The body did not come within {config.read_timeout_s:g} s. Send it faster, or shorten it."
         ) from error
+    finally:
+        service.uploads.num_bytes -= len(raw)
     return parse_body(model, bytes(raw))
 
 

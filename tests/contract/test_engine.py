@@ -161,15 +161,18 @@ async def test_a_full_queue_refuses():
 async def test_a_full_queue_refuses_at_once_though_a_step_is_long(monkeypatch):
     """What has not reached the scheduler yet counts, too: in a long step nothing else would bound it."""
     async with running(max_num_seqs=1, max_waiting=2) as engine:
-        released = threading.Event()
+        begun, released = threading.Event(), threading.Event()
         step = engine._core.step
 
         def held():
+            begun.set()
             released.wait(20)
             return step()
 
         monkeypatch.setattr(engine._core, "step", held)
-        tasks = [asyncio.create_task(collect(engine, request(str(i)))) for i in range(40)]
+        tasks = [asyncio.create_task(collect(engine, request("first")))]
+        await until(begun.is_set)
+        tasks += [asyncio.create_task(collect(engine, request(str(i)))) for i in range(39)]
         try:
             await until(lambda: sum(task.done() for task in tasks) >= 36)
             assert all(isinstance(task.exception(), EngineOverloadedError) for task in tasks if task.done())

@@ -242,9 +242,8 @@ class NativeEngine(Engine):
                 "this server has memory for; ask for fewer at once",
                 "n_too_large",
             )
-        if (
-            self._commands.qsize() + self._stats.num_waiting >= self._max_queued
-        ):  # the scheduler counts once its step is done
+        queued = self._commands.qsize() + self._stats.num_waiting  # the scheduler itself counts once its step is done
+        if queued >= self._max_queued:
             raise EngineOverloadedError("too many requests are waiting already; try again later")
         request = replace(request, steering=self._pinned(request.steering))
         inbox = Inbox()

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
+from server.api import dependencies
 from server.engine.native import inbox
 from tests.checkpoint import CALM, FIRING
 from tests.e2e.reliability.sockets import PATH, Listening, head, listening, question, response
@@ -214,6 +215,27 @@ async def test_half_open_connections_end(artifacts, oracle):
         dropping.cancel()
         for _, writer in connections:
             writer.close()
+        await still_right(at, oracle)
+
+
+async def test_bodies_that_do_not_end_hold_no_memory_without_bound(artifacts, oracle, monkeypatch):
+    """Each may be so large, and all together, too; whoever goes makes room."""
+    monkeypatch.setattr(dependencies, "MAX_UPLOADS_BYTES", 1_000_000)
+    body = question(CALM[0])
+    async with listening(artifacts) as at:
+        service = at.served.app.state.service
+        connections = [await at.connect() for _ in range(3)]
+        for i, (_, writer) in enumerate(connections):
+            writer.write(head(b"x" * 600_000) + b" " * 400_000)
+            if i < 2:
+                await until(lambda i=i: service.uploads.num_bytes == 400_000 * (i + 1))
+        status, headers, answer = await response(connections[2][0])
+        assert (status, headers["retry-after"], answer["error"]["code"]) == (503, "1", "overloaded")
+        for _, writer in connections:
+            writer.transport.abort()
+        await until(lambda: service.uploads.num_bytes == 0)
+        async with http_to(at) as http:
+            assert (await http.post(PATH, content=body)).status_code == 200
         await still_right(at, oracle)
 
 
