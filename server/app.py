@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 from server.answers.response_store import ResponseStore
-from server.api import admin, chat, completions, models, ops, page, responses, steering, tokenize
+from server.api import admin, chat, completions, evidence, models, ops, page, responses, steering, tokenize
 from server.api.admission import Admission
 from server.api.context import REQUEST_ID_HEADER, RequestContext, error_response
 from server.api.documentation import describe
@@ -37,7 +37,7 @@ from server.prompting.prompter import Prompter
 from server.service import Service
 
 GZIP_FROM_BYTES = 1024
-MODULES = (chat, completions, responses, models, tokenize, admin, steering, ops, page)
+MODULES = (chat, completions, responses, models, tokenize, admin, steering, evidence, ops, page)
 
 
 def create_app(

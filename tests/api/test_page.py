@@ -1,4 +1,4 @@
-"""The page at `/` and its files: what a browser is given, and what nobody is; the evidence and reports that it shows."""
+"""The page at `/` and its files: what a browser is given, and what nobody is."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from server.page import files as files_module
 from server.page.files import MEDIA_TYPES, page_files
 from tests.serving import serving
 
-KEY = {"Authorization": "Bearer k"}
 POLICY = {
     "default-src": "'none'",
     "script-src": "'self'",
