@@ -70,7 +70,14 @@ class Opened:
         return plain, steered
 
     def settle(self) -> None:
-        self.page.wait_for_function("document.getElementById('cancel').disabled")
+        self.until("document.getElementById('cancel').disabled")
+
+    def until(self, expression: str) -> None:
+        """Asked from outside: the page's policy lets nothing be evaluated inside it, and so waiting there, too."""
+        deadline = time.monotonic() + WAIT_MS / 1000
+        while not self.page.evaluate(expression):
+            assert time.monotonic() < deadline, f"never came: {expression}"
+            self.page.wait_for_timeout(20)
 
     def why(self) -> str:
         return self.page.locator("#why").inner_text()
@@ -105,7 +112,7 @@ def test_the_first_thirty_seconds(opened, address):
     marked = tab.page.locator(".turn mark").inner_text()
     assert steered.split(marked)[0].strip() == plain[: len(steered.split(marked)[0])].strip()
     assert "The gate opened" in tab.why() and "safety: fired" in tab.why() and "truthfulness: did not fire" in tab.why()
-    assert "is above the threshold" in tab.why() and "nearest training examples" in tab.why()
+    assert "is above the threshold" in tab.why() and re.search(r"expert \d, \w+.*%", tab.why())
 
     tab.page.locator("#again").click()
     plain, steered = tab.ask(HARMLESS)
@@ -146,7 +153,7 @@ def test_several_turns_and_five_strengths(opened):
     tab.page.locator("#again").click()
     plain, steered = tab.ask(HARMFUL)
     tab.page.locator("#strip-run").click()
-    tab.page.wait_for_function("!document.getElementById('strip-run').disabled")
+    tab.until("!document.getElementById('strip-run').disabled")
     cards = tab.page.locator("#strip .answer")
     texts = [cards.nth(i).locator(".text").inner_text() for i in range(cards.count())]
     heads = [cards.nth(i).locator("strong").inner_text() for i in range(cards.count())]
@@ -163,7 +170,7 @@ def test_stop_frees_the_row(opened, address):
         "e => { e.value = 4; e.dispatchEvent(new Event('input', {bubbles: true})); }"
     )
     tab.page.locator("#send").click()
-    tab.page.wait_for_function("[...document.querySelectorAll('.turn .text')].some(e => e.textContent)")
+    tab.until("[...document.querySelectorAll('.turn .text')].some(e => e.textContent)")
     tab.page.locator("#cancel").click()
     tab.settle()
     deadline = time.monotonic() + 10
@@ -198,7 +205,7 @@ def test_a_wrong_key_and_a_dead_server_are_explained(browser, tmp_path):
         tab.page.wait_for_selector("#key-form:not([hidden])")
         tab.page.locator("#key").fill("wrong")
         tab.page.locator("#key-form button").click()
-        tab.page.wait_for_function("document.getElementById('problem').textContent.includes('API key')")
+        tab.until("document.getElementById('problem').textContent.includes('API key')")
         tab.page.locator("#key").fill("sesame")
         tab.page.locator("#key-form button").click()
         tab.page.wait_for_selector("#examples button")
@@ -207,7 +214,7 @@ def test_a_wrong_key_and_a_dead_server_are_explained(browser, tmp_path):
         server.kill()
         server.wait()
         tab.page.locator("#examples button", has_text=HARMLESS).click()
-        tab.page.wait_for_function("document.getElementById('problem').textContent.includes('does not answer')")
+        tab.until("document.getElementById('problem').textContent.includes('does not answer')")
         assert "Start it again" in tab.page.locator("#problem").inner_text()
         tab.context.close()
 
@@ -242,7 +249,7 @@ def test_it_paints_at_once_and_is_small(opened, address):
     paints = []
     for _ in range(5):
         tab.page.goto(f"{address}/")
-        tab.page.wait_for_function("performance.getEntriesByName('first-contentful-paint').length")
+        tab.until("performance.getEntriesByName('first-contentful-paint').length")
         paints.append(tab.page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime"))
     assert sorted(paints)[2] < 300, paints
     static = Path(__file__).parents[2] / "server/page/static"
@@ -264,7 +271,7 @@ def test_the_request_can_be_copied(opened, address):
     tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
     _, steered = tab.ask(HARMFUL)
     tab.page.locator("#copy-curl").click()
-    tab.page.wait_for_function("document.getElementById('copied').textContent === 'copied'")
+    tab.until("document.getElementById('copied').textContent === 'copied'")
     command = tab.page.evaluate("navigator.clipboard.readText()")
     answer = json.loads(
         subprocess.run(["bash", "-c", command + " -s"], capture_output=True, text=True, check=True).stdout

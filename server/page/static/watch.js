@@ -91,6 +91,7 @@ function card(profile, now) {
     make("p", { class: "big" }, evaluated ? percent(fired / evaluated) : "–"),
     make("p", { class: "hint" }, `fired on ${fired} of ${evaluated} queries`),
     line(rates, `gate-fire rate of ${profile.id}`),
+    make("p", { class: "hint" }, rates.some((rate) => rate !== null) ? "the rate since this page was opened" : "no query since this page was opened"),
     make("h3", {}, "Energy ratios"),
     histogram(buckets(now, "energy_ratio", of), profile.gate?.threshold, `energy ratios of ${profile.id}`));
 }

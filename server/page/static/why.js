@@ -41,13 +41,15 @@ export async function explain(steering) {
   box.replaceChildren(...parts);
 }
 
+const shownRatio = (value) => (value < 0.001 ? "under 0.001" : number(value));
+
 function about(profile, evidence) {
   const state = profile.fired ? make("span", { class: "fired" }, "fired") : make("span", { class: "shut" }, "did not fire");
   const parts = [make("h3", {}, `${profile.name}: `, state)];
   if (evidence?.gate) parts.push(...dial(profile, evidence.gate));
   parts.push(facts([
     ["gate", number(profile.gate)],
-    ["energy ratio", profile.energy_ratio === null ? null : `${number(profile.energy_ratio)} (threshold ${number(profile.threshold)})`],
+    ["energy ratio", profile.energy_ratio === null ? null : `${shownRatio(profile.energy_ratio)} (threshold ${number(profile.threshold)})`],
     ["strength", `${number(profile.strength)} (${profile.strength_source})`],
     ["dose", profile.applied === false ? null : `${percent(profile.relative_norm)} of the state's length`],
     ["where", `output of layer ${profile.layer}, positions ${profile.positions}`],
@@ -79,7 +81,7 @@ function dial(profile, gate) {
   const below = gate.ir.reduce((sum, count, i) => sum + (gate.edges[i + 1] <= value ? count : 0), 0) / sums[0];
   const words = value === null
     ? "This gate has no energy ratio."
-    : `This query's energy ratio, ${number(value)}, is ${value >= profile.threshold ? "above" : "below"} the threshold ${number(profile.threshold)}; ` +
+    : `This query's energy ratio, ${shownRatio(value)}, is ${value >= profile.threshold ? "above" : "below"} the threshold ${number(profile.threshold)}; ` +
       `${percent(below)} of the queries that need steering lie below it.`;
   return [
     make("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": words },
@@ -88,7 +90,8 @@ function dial(profile, gate) {
       value === null ? null : upright(value, "var(--text)", null),
       make("text", { x: 0, y: height - 4 }, number(first, 2)),
       make("text", { x: width, y: height - 4, "text-anchor": "end" }, number(first + span, 2)),
-      value === null ? null : make("text", { x: Math.min(Math.max(x(value), 30), width - 30), y: height - 4, "text-anchor": "middle" }, "this query")),
+      value === null ? null : make("text", x(value) < width / 2
+        ? { x: x(value) + 5, y: 11 } : { x: x(value) - 5, y: 11, "text-anchor": "end" }, "this query")),
     make("p", { class: "hint" },
       make("span", { class: "shut" }, "blue"), ": general queries, ", make("span", { class: "fired" }, "red"),
       ": queries that need steering, dashed: the threshold. ", words),
