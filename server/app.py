@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 from server.answers.response_store import ResponseStore
-from server.api import admin, chat, completions, models, ops, responses, steering, tokenize
+from server.api import admin, chat, completions, evidence, models, ops, page, responses, steering, tokenize
 from server.api.admission import Admission
 from server.api.context import REQUEST_ID_HEADER, RequestContext, error_response
 from server.api.documentation import describe
@@ -32,11 +32,12 @@ from server.observability.account import Recorder
 from server.observability.audit import AuditLog
 from server.observability.metrics import Metrics
 from server.observability.tracing import Tracer
+from server.page.files import page_files
 from server.prompting.prompter import Prompter
 from server.service import Service
 
 GZIP_FROM_BYTES = 1024
-MODULES = (chat, completions, responses, models, tokenize, admin, steering, ops)
+MODULES = (chat, completions, responses, models, tokenize, admin, steering, evidence, ops, page)
 
 
 def create_app(
@@ -54,7 +55,8 @@ def create_app(
         metrics: the engine's observer, not yet attached to it.
         audit, tracer: closed with the application.
     """
-    routes = RouteNames(route for module in MODULES for route in module.router.routes)
+    modules = [module for module in MODULES if config.ui or module is not page]
+    routes = RouteNames(route for module in modules for route in module.router.routes)
     metrics.attach(engine, routes.all, audit)
     if config.metrics_compat == "vllm":
         metrics.add_vllm_names()
@@ -92,7 +94,9 @@ def create_app(
         responses=ResponseStore(max_bytes=config.responses_memory),
         audit=audit,
     )
-    for module in MODULES:
+    if config.ui:
+        app.state.page_files = page_files()
+    for module in modules:
         app.include_router(module.router)
     describe(app)
     _add_middleware(app, config, service.draining, routes, Recorder(metrics, audit, tracer, text_of))

@@ -28,6 +28,8 @@ def _facts(config: ServerConfig, engine: Engine, address: str) -> Panel:
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="dim")
     facts.add_column(overflow="fold")
+    if config.ui:
+        facts.add_row("Page", Text(f"{address}/", style="bold green"))
     facts.add_row("API", Text(f"{address}/v1", style="bold green"))
     shape = (
         f"  {info.num_layers} layers x {info.hidden_size}, {info.dtype}, {info.device}, context {info.max_model_len}"

@@ -130,6 +130,7 @@ def serve(
     metrics_compat: Annotated[
         str | None, typer.Option(metavar="vllm", help="Give the generic metrics under vLLM's names, too.")
     ] = None,
+    no_ui: Annotated[bool, typer.Option("--no-ui", help="Serve the API alone, no page at /.")] = False,
     audit_log: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Append a JSON line for each steering decision of an answer.")
     ] = None,
@@ -185,6 +186,7 @@ def serve(
             log_format=log_format,
             log_prompts=log_prompts,
             metrics_compat=metrics_compat,
+            ui=not no_ui,
             audit_log=audit_log,
             audit_log_max_bytes=audit_log_max_bytes,
             audit_log_keep=audit_log_keep,

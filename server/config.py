@@ -67,6 +67,7 @@ class ServerConfig:
     log_format: LogFormat = "human"
     log_prompts: bool = False
     metrics_compat: MetricsCompat | None = None
+    ui: bool = True
     audit_log: Path | None = None
     audit_log_max_bytes: int = 100 * 2**20
     audit_log_keep: int = 10

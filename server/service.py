@@ -20,6 +20,7 @@ from server.errors import AuditUnavailableError, InvalidRequestError, NotFoundEr
 from server.grammar.compiler import GrammarCompiler
 from server.observability.audit import AuditLog
 from server.observability.metrics import Metrics
+from server.profile_folders import ProfileFolders
 from server.prompting.prompter import Prompter
 from server.steering_options import Resolved, SteeringHeaders, alias_profiles, resolve
 from server.steering_settings import SteeringSettings
@@ -27,6 +28,7 @@ from server.tools.plan import plan_answer
 from server.wire.sampling import SamplingFields
 from server.wire.steering import SteeringFields
 from steering.decision import SteeringOptions
+from steering.manifest import ProfileManifest
 
 
 @dataclass
@@ -38,7 +40,7 @@ class Uploads:
 
 @dataclass(frozen=True)
 class Service:
-    """The same for the life of the process; what changes is what `responses`, `settings` and the engine's profiles hold."""
+    """The same for the life of the process; what changes is what `responses`, `settings`, `folders` and the engine's profiles hold."""
 
     config: ServerConfig
     engine: Engine
@@ -51,9 +53,11 @@ class Service:
     uploads: Uploads = field(default_factory=Uploads)
     audit: AuditLog | None = None
     settings: SteeringSettings = field(init=False)
+    folders: ProfileFolders = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "settings", SteeringSettings(self.config.policy))
+        object.__setattr__(self, "folders", ProfileFolders(self.config.profiles))
 
     @property
     def model(self) -> str:
@@ -83,6 +87,16 @@ class Service:
                 param="model",
                 code="model_not_found",
             ) from error
+
+    def profile(self, name: str) -> ProfileManifest:
+        """A loaded profile's manifest. Raises NotFoundError where there is none of that name."""
+        manifest = self.engine.profiles.get(name)
+        if manifest is None:
+            loaded = ", ".join(self.engine.profiles) or "none"
+            raise NotFoundError(
+                f"No profile {name!r} is loaded. Loaded: {loaded}.", param="name", code="unknown_profile"
+            )
+        return manifest
 
     def request(
         self,

@@ -28,6 +28,7 @@ from steering.manifest import ProfileManifest
 MANIFEST_FILE = "profile.json"
 TENSOR_FILE = "profile.safetensors"
 EVIDENCE_FILE = "evidence.json"  # what its report is drawn from; no part of the profile
+REPORT_FILE = "report.html"
 GATE_TENSORS = ("mean", "basis", "calibration")
 MOSE_TENSORS = (
     "prototypes",
@@ -155,8 +156,11 @@ class SteeringProfile:
         return tensors
 
 
-def profile_folder(reference: str | Path) -> Path:
-    """The folder behind a path or a hub id. Raises ProfileError where neither is to be had."""
+def profile_folder(reference: str | Path, *, download: bool = True) -> Path:
+    """The folder behind a path or a hub id. Raises ProfileError where neither is to be had.
+
+    `download`: whether to ask the hub; without, a hub id's folder is what was downloaded before.
+    """
     folder = Path(reference)
     if folder.is_dir():
         return folder
@@ -165,7 +169,8 @@ def profile_folder(reference: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     with hub_errors(f"{reference}: neither a folder here nor a repository that the hub would give us"):
-        return Path(snapshot_download(str(reference), allow_patterns=[MANIFEST_FILE, TENSOR_FILE, EVIDENCE_FILE]))
+        allowed = [MANIFEST_FILE, TENSOR_FILE, EVIDENCE_FILE]
+        return Path(snapshot_download(str(reference), allow_patterns=allowed, local_files_only=not download))
 
 
 @contextmanager

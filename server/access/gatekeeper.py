@@ -8,7 +8,10 @@ from server.access.keys import Access, ApiKey
 from server.access.limits import Usage
 from server.errors import AuthenticationError, ForbiddenError
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"})
+OPEN_PATHS = frozenset(
+    {"/", "/health", "/ready", "/version", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"}
+)
+OPEN_FOLDER = "/page/"  # the files of the page at `/`, which itself asks for the key
 ADMIN = {
     "/v1/steering/profiles/load": {"POST"},
     "/v1/steering/profiles/unload": {"POST"},
@@ -39,7 +42,11 @@ class Gatekeeper:
         key = _bearer(authorization)
         if method in ADMIN.get(path, ()):
             return self._administrator(key)
-        if path in OPEN_PATHS or (path == "/metrics" and not self._access.guard_metrics):
+        if (
+            path in OPEN_PATHS
+            or path.startswith(OPEN_FOLDER)
+            or (path == "/metrics" and not self._access.guard_metrics)
+        ):
             return None
         if not self._access.api_keys and path != "/metrics":
             return None

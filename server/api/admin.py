@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 from server.api.dependencies import ServiceDep, key_name, read_body
 from server.api.documentation import READS, documented
 from server.api.steering import profile_card
-from server.errors import InvalidRequestError, NotFoundError
+from server.errors import InvalidRequestError
 from server.service import Service
 from server.steering_options import profile_name_problem
 from server.wire.steering import (
@@ -48,6 +48,7 @@ async def load_profile(request: Request, service: ServiceDep) -> Response:
             if isinstance(error, ProfileError):
                 raise InvalidRequestError(f"source: {error}", param="source", code="unusable_profile") from error
             raise
+        service.folders.loaded(body.name, body.source)
         service.metrics.show_profiles(service.engine.profiles)
         replaced = {} if loaded is None else {"replaced": loaded.version}
         _audit(request, service, "profile_loaded", name=body.name, version=manifest.version, **replaced)
@@ -59,14 +60,10 @@ async def unload_profile(request: Request, service: ServiceDep) -> Response:
     """Unload a profile. Requests under way go on with it."""
     body = await read_body(request, UnloadProfileRequest)
     async with service.settings.changing:
-        manifest = service.engine.profiles.get(body.name)
-        if manifest is None:
-            loaded = ", ".join(service.engine.profiles) or "none"
-            raise NotFoundError(
-                f"No profile {body.name!r} is loaded. Loaded: {loaded}.", param="name", code="unknown_profile"
-            )
+        manifest = service.profile(body.name)
         await service.engine.unload_profile(body.name)
         service.settings.forget(body.name)
+        service.folders.unloaded(body.name)
         service.metrics.show_profiles(service.engine.profiles)
         _audit(request, service, "profile_unloaded", name=body.name, version=manifest.version)
     return _json(UnloadedProfile(object="steering.profile.unloaded", id=body.name, version=manifest.version))

@@ -12,7 +12,7 @@ from server.api.documentation import GENERATES, READS, documented
 from server.api.respond import while_connected
 from server.conversation import Conversation
 from server.engine.base import GenerationRequest, SamplingOptions
-from server.errors import ForbiddenError, NotFoundError
+from server.errors import ForbiddenError
 from server.service import Service, new_id
 from server.wire.chat import ScoreRequest
 from server.wire.steering import ProfileCard, ProfileList, ScoreResponse, SteeringReport, steering_report
@@ -31,11 +31,7 @@ async def list_profiles(service: ServiceDep) -> Response:
 @router.get("/v1/steering/profiles/{name}", **documented(ProfileCard, (*READS, 404)))
 async def get_profile(name: str, service: ServiceDep) -> Response:
     """One loaded profile."""
-    manifest = service.engine.profiles.get(name)
-    if manifest is None:
-        loaded = ", ".join(service.engine.profiles) or "none"
-        raise NotFoundError(f"No profile {name!r} is loaded. Loaded: {loaded}.", param="name", code="unknown_profile")
-    return Response(profile_card(service, name, manifest).to_json(), media_type="application/json")
+    return Response(profile_card(service, name, service.profile(name)).to_json(), media_type="application/json")
 
 
 @router.post("/v1/steering/score", **documented(ScoreResponse, GENERATES, body=ScoreRequest))

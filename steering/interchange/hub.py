@@ -6,10 +6,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from steering.errors import ProfileError
-from steering.profile import EVIDENCE_FILE, MANIFEST_FILE, TENSOR_FILE, SteeringProfile, hub_errors
+from steering.profile import EVIDENCE_FILE, MANIFEST_FILE, REPORT_FILE, TENSOR_FILE, SteeringProfile, hub_errors
 
 PROFILE_FILES = (MANIFEST_FILE, TENSOR_FILE, "README.md", "report.md", "report_*.png")
-REPORT_FILES = ("report.html", "report_*.svg", EVIDENCE_FILE)  # page and evidence may quote training queries
+REPORT_FILES = (REPORT_FILE, "report_*.svg", EVIDENCE_FILE)  # page and evidence may quote training queries
 
 
 def push(folder: Path, repository: str, *, private: bool = True, report: bool = False, token: str | None = None) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from steering.profile import SteeringProfile
+from steering.evidence import load_evidence
+from steering.profile import REPORT_FILE, SteeringProfile
 from steering.report import evidence as evidence_file
 from steering.report.figures import figures, render
 from steering.report.markdown import markdown
@@ -30,12 +31,12 @@ def rebuild_report(profile: SteeringProfile, folder: Path, out: Path | None = No
     out.mkdir(parents=True, exist_ok=True)
     for stale in (*out.glob("report_*.png"), *out.glob("report_*.svg")):  # another method may have drawn more
         stale.unlink()
-    manifest, evidence, svgs = profile.manifest, evidence_file.load(folder), {}
+    manifest, evidence, svgs = profile.manifest, load_evidence(folder), {}
     for name, draw in figures(manifest, evidence).items():
         png, svgs[name] = render(draw, name)
         (out / f"report_{name}.png").write_bytes(png)
         (out / f"report_{name}.svg").write_text(svgs[name], encoding="utf-8")
     (out / "report.md").write_text(markdown(manifest, profile.version, tuple(svgs)), encoding="utf-8")
-    path = out / "report.html"
+    path = out / REPORT_FILE
     path.write_text(page(manifest, profile.version, evidence, svgs), encoding="utf-8")
     return path

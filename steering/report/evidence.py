@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from steering.errors import ProfileError
 from steering.profile import EVIDENCE_FILE
 from steering.training.fit_cast import CastFit
 from steering.training.fit_experts import ExpertFit
@@ -45,35 +44,6 @@ def save(evidence: dict[str, Any], folder: Path) -> None:
     """Write it beside the profile; no part of the profile's version."""
     (folder / EVIDENCE_FILE).write_text(
         json.dumps(evidence, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-    )
-
-
-def load(folder: Path) -> dict[str, Any]:
-    """The folder's evidence; empty where there is none (an imported profile). Raises ProfileError for a damaged file."""
-    path = folder / EVIDENCE_FILE
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ProfileError(f"{path}: not valid JSON ({error}). Delete it, or train the profile again.") from error
-    if not _has(found, {"examples": bool}) or not all(
-        part not in found or _has(found[part], keys) for part, keys in PARTS.items()
-    ):
-        raise ProfileError(f"{path}: not what the trainer writes. Delete it, or train the profile again.")
-    return found
-
-
-PARTS = {
-    "gate": {"ir": list, "general": list},
-    "experts": {"points": list, "prototypes": list, "experts": list, "entropy": list, "curve": list},
-}
-
-
-def _has(found: Any, keys: dict[str, type]) -> bool:
-    """Whether it is an object with these keys, none of them empty."""
-    return isinstance(found, dict) and all(
-        isinstance(found.get(key), kind) and (kind is bool or found[key]) for key, kind in keys.items()
     )
 
 

@@ -14,9 +14,10 @@ import torch
 from typer.testing import CliRunner
 
 from server.cli import app
+from steering.evidence import load_evidence
 from steering.gate import CosineGate
 from steering.profile import SteeringProfile
-from steering.report.evidence import MAX_SCORES, _some, load
+from steering.report.evidence import MAX_SCORES, _some
 from steering.report.figures import figures, missed_and_fired
 from tests.lab import make_lab, train
 
@@ -160,7 +161,7 @@ def test_casts_figures_show_what_its_gate_does(lab, tmp_path):
     few = tmp_path / "general.jsonl"
     few.write_text("".join((lab / "general.jsonl").read_text().splitlines(keepends=True)[:40]))
     assert train(lab, tmp_path / "p", "--method", "cast", general=few).exit_code == 0
-    manifest, evidence = SteeringProfile.load(tmp_path / "p").manifest, load(tmp_path / "p")
+    manifest, evidence = SteeringProfile.load(tmp_path / "p").manifest, load_evidence(tmp_path / "p")
     spec, metrics = manifest.gate, manifest.metrics["gate"]
     assert (
         len(evidence["gate"]["ir"]) == metrics["missed_by_source"]["calibration"]["n"] == 60
