@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -282,3 +285,49 @@ def test_the_request_can_be_copied(opened, address):
     code = tab.page.evaluate("navigator.clipboard.readText()")
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said.startswith(steered) and "gate_open" in said
+
+
+@contextlib.contextmanager
+def behind(address: str, prefix: str):
+    """A reverse proxy that hands `prefix`/… on to the server, a piece at a time."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def do_GET(self):
+            assert self.path.startswith(f"{prefix}/"), f"{self.path} is outside of the prefix"
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            headers = {k: v for k, v in self.headers.items() if k.lower() in ("content-type", "accept")}
+            url = address + self.path.removeprefix(prefix)
+            with httpx.stream(self.command, url, content=body, headers=headers, timeout=60) as response:
+                self.send_response(response.status_code)
+                for name in ("content-type", "content-security-policy"):
+                    if name in response.headers:
+                        self.send_header(name, response.headers[name])
+                self.end_headers()
+                for piece in response.iter_bytes():
+                    self.wfile.write(piece)
+
+        do_POST = do_GET
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}{prefix}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_it_works_behind_a_path_prefix(opened, address):
+    with behind(address, "/models/demo") as outside:
+        tab = opened(address=outside)
+        plain, steered = tab.ask(HARMFUL)
+        tab.page.locator("nav button[data-view=watch]").click()
+        tab.page.wait_for_selector("#watch .card")
+        tab.page.locator("nav button[data-view=profiles]").click()
+        tab.page.locator("#profiles .card", has_text="safety").locator("button").click()
+        assert "safety" in tab.page.frame_locator("#profiles iframe").locator("h1").inner_text()
+        assert plain != steered and "The gate opened" in tab.page.locator("#why-reason").text_content()
+        assert tab.errors == [] and tab.hosts == {httpx.URL(outside).netloc.decode()}

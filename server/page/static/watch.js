@@ -67,7 +67,7 @@ function shown(profiles, now) {
     return count ? `${number((1000 * sum(now, "inter_token_latency_seconds_sum", { steered })) / count)} ms` : "–";
   };
   return [
-    make("p", { class: "hint" }, "From this server's /metrics, every two seconds: since it started, the lines since this page was opened."),
+    make("p", { class: "hint" }, "From this server's /metrics, every two seconds: since it started; the lines since this view was opened."),
     make("div", { class: "cards" },
       make("section", { class: "card" }, make("h2", {}, "Now"), facts([
         ["running", sum(now, "num_requests_running")], ["waiting", sum(now, "num_requests_waiting")],
@@ -91,7 +91,7 @@ function card(profile, now) {
     make("p", { class: "big" }, evaluated ? percent(fired / evaluated) : "–"),
     make("p", { class: "hint" }, `fired on ${fired} of ${evaluated} queries`),
     line(rates, `gate-fire rate of ${profile.id}`),
-    make("p", { class: "hint" }, rates.some((rate) => rate !== null) ? "the rate since this page was opened" : "no query since this page was opened"),
+    make("p", { class: "hint" }, rates.some((rate) => rate !== null) ? "the rate since this view was opened" : "no query since this view was opened"),
     make("h3", {}, "Energy ratios"),
     histogram(buckets(now, "energy_ratio", of), profile.gate?.threshold, `energy ratios of ${profile.id}`));
 }
