@@ -112,7 +112,7 @@ class ProfileManifest:
         """Parse and check. `source` names the file in messages. Raises ProfileError."""
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ProfileError(
                 f"{source}: not valid JSON ({error}). Restore the file or train the profile again."
             ) from error

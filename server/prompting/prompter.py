@@ -17,7 +17,7 @@ from server.tools.template import TemplateTools
 from steering.errors import ModelError
 
 # The template's own refusals, and what one raises that is given what it does not expect. It runs sandboxed, so nothing else does.
-TEMPLATE_FAILURES = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+TEMPLATE_FAILURES = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
 

@@ -203,6 +203,9 @@ def test_nan_in_the_manifest_broken_json_and_a_missing_key_are_refused(folder):
     path.write_text(text.replace('"strength": 2.0', '"strength": NaN'))
     with pytest.raises(ProfileError, match="strength is nan; it must be a finite number"):
         SteeringProfile.load(folder)
+    path.write_text("[" * 100_000)
+    with pytest.raises(ProfileError, match=r"profile\.json: not valid JSON"):
+        SteeringProfile.load(folder)
     path.write_text(text[:-40])
     with pytest.raises(ProfileError, match=r"profile\.json: not valid JSON"):
         SteeringProfile.load(folder)

@@ -216,6 +216,7 @@ def test_a_missing_template_file_is_told(tmp_path):
         ("{{ ''.__class__.__mro__ }}", "access to attribute '__class__' of 'str' object is unsafe"),
         ("{{ messages.append(1) }}", "access to attribute 'append' of 'list' object is unsafe"),
         ("{{ messages[5].role }}", "list object has no element 5"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth exceeded"),
     ],
 )
 async def test_templates_run_in_a_sandbox_and_their_failures_are_told(template, said):
