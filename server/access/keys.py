@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,11 @@ class Access:
 
     def holder(self, key: str) -> ApiKey | None:
         """Whose key this is. The hash is looked up, so how long it takes tells nothing of any key."""
-        return {known.sha256: known for known in self.api_keys}.get(digest(key))
+        return self._by_sha256.get(digest(key))
+
+    @cached_property
+    def _by_sha256(self) -> dict[str, ApiKey]:
+        return {key.sha256: key for key in self.api_keys}
 
     def administers(self, key: str) -> bool:
         """Whether this is the admin key."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -13,7 +12,7 @@ import time
 import httpx
 
 from tests.checkpoint import CALM, FIRING
-from tests.serving import _address, process
+from tests.serving import launched, process
 
 
 def options(artifacts, *more: str) -> tuple[str, ...]:
@@ -33,17 +32,6 @@ PROMISED = {"version", "strength", "mode", "override"}
 
 def test_a_killed_server_leaves_what_it_answered_and_goes_on(artifacts, tmp_path):
     path, log = tmp_path / "audit", tmp_path / "log"
-    with log.open("w") as output:
-        command = [
-            sys.executable,
-            "-m",
-            "server",
-            "serve",
-            "--port",
-            "0",
-            *options(artifacts, "--audit-log", str(path)),
-        ]
-        server = subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | {"OMP_NUM_THREADS": "1"})
     answered: list[str] = []
 
     def traffic(worker: int) -> None:
@@ -54,17 +42,14 @@ def test_a_killed_server_leaves_what_it_answered_and_goes_on(artifacts, tmp_path
                 return
             answered.append(f"{worker}-{number}")
 
-    try:
-        address = _address(server, log)
+    with launched(*options(artifacts, "--audit-log", str(path)), log=log) as (_, address):
         threads = [threading.Thread(target=traffic, args=(worker,)) for worker in range(2)]
         for thread in threads:
             thread.start()
         deadline = time.monotonic() + 60
         while len(answered) < 20 and time.monotonic() < deadline:
             time.sleep(0.01)
-    finally:
-        server.send_signal(signal.SIGKILL)
-        server.wait()
+    # which ends by SIGKILL
     for thread in threads:
         thread.join()
     *whole, end = path.read_bytes().split(b"\n")

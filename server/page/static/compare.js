@@ -175,7 +175,6 @@ async function strip(report) {
   const strengths = [...new Set([0, 0.5, 1, 2, 4].map((factor) => Math.min(limit, factor * own)))];
   const cards = strengths.map((strength) => {
     const side = new Side(`strength ${number(strength)}`);
-    side.element.querySelector("h3").style = null;
     side.element.prepend(make("strong", {}, `λ = ${number(strength)}`));
     side.begin();
     return side;
