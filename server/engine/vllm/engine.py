@@ -161,6 +161,8 @@ class VllmEngine(Engine):
         if self._failure is None:
             self._failure = STOPPED
         self._runs.end_all(EngineStoppedError(STOPPED))
+        if self._llm.output_handler is not None:
+            self._llm.output_handler.cancel()  # it would take the processes' end for a failure
         await asyncio.to_thread(self._llm.shutdown)
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:

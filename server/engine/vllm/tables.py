@@ -60,10 +60,10 @@ class SiteTable:
         # On a CPU Python runs at each step and can skip what is not needed; a recorded graph cannot.
         self._skips = torch.device(device).type == "cpu"
 
-    def write_rows(self, rows: np.ndarray) -> None:
-        """Which row each of the step's first tokens gets, int32."""
-        self.adds = bool(rows.any())
-        if self.adds or not self._skips:
+    def write_rows(self, rows: np.ndarray, decide: Decide | None = None) -> None:
+        """Which row each of the step's tokens gets, int32, unless `decide` changes that amid the pass."""
+        self.adds, self.decide = bool(rows.any()), decide
+        if self.adds or decide is not None or not self._skips:
             self.row_of_token[: len(rows)].copy_(torch.from_numpy(rows))
 
     def write_queries(self, rows: Sequence[int]) -> None:

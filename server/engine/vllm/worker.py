@@ -133,9 +133,8 @@ class WorkerSteering:
     def _write(self, rows: Mapping[int, np.ndarray], num_rows: int) -> None:
         deciding = any(request.order.decide is not None for _, _, request in self._ending)
         for layer, table in self.tables.items():
-            table.write_rows(rows[layer] if rows else np.zeros(num_rows, np.int32))
+            table.write_rows(rows[layer] if rows else np.zeros(num_rows, np.int32), self._decide if deciding else None)
             table.write_queries([row for _, row, request in self._ending if request.reads(layer)])
-            table.decide = self._decide if deciding else None
 
     def _decide(self, layer: int, states: Tensor) -> None:
         """Amid the pass: decide for those who ask for it, and have their vectors act in this very step."""
