@@ -44,7 +44,7 @@ from server.engine.vllm.runs import Run, Runs
 from server.engine.vllm.selftest import check_steering
 from server.engine.vllm.settings import PluginSettings
 from server.engine.vllm.stats import StatsKeeper
-from server.engine.vllm.steering import Decided, Steering, check_report, salt, unsafe
+from server.engine.vllm.steering import Decided, Steering, check_report, salt, steering_lost, unsafe
 from steering.decision import SteeringDecision, combine
 from steering.errors import ProfileError
 from steering.manifest import ProfileManifest
@@ -210,14 +210,15 @@ class VllmEngine(Engine):
                 )
             key = name, profile.version
             known, retiring = key in self._profiles, self._served.keep(*key)
+            self._change({**self._profiles, key: profile})
+            self._served.allow(*key)
             try:
-                self._change({**self._profiles, key: profile})
                 await check_steering(self, [profile])
             except BaseException:
                 if retiring:
                     self._served.retire_later(*key)
                 elif not known:
-                    self._retire(*key)
+                    self._served.drop(*key)
                 raise
             self._served.put(name, profile.manifest)
             return profile.manifest
@@ -286,10 +287,10 @@ class VllmEngine(Engine):
         try:
             _, report = await run.first()
             if report is None or report.decided is None:
-                check_report(None, ())
+                raise steering_lost(report, self._layers)
             decision = combine(request.steering, *report.decided)
             if decision.applied != bool(report.added):
-                check_report(None, ())
+                raise steering_lost(report, self._layers if decision.applied else ())
         except BaseException:
             await run.abort()
             raise
@@ -342,10 +343,14 @@ class VllmEngine(Engine):
 
     def _check_steered(self, run: Run, decided: Decided, num_begun: int) -> None:
         """The `num_begun`-th completion has begun: its workers must have said that they add what was decided."""
-        if not decided.additions:
+        if not decided.decision.applied:
             return
         reports = run.reports
-        check_report(reports[num_begun - 1] if len(reports) >= num_begun else None, decided.additions)
+        report = reports[num_begun - 1] if len(reports) >= num_begun else None
+        if not self._one_pass:
+            check_report(report, decided.additions)
+        elif report is None or not report.added:
+            raise steering_lost(report, self._layers)
 
 
 def _queued_s(output: object) -> float:
