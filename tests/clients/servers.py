@@ -38,7 +38,7 @@ def serving(model: str, *arguments: str, log: Path) -> Iterator[Server]:
             [SERVER_PYTHON, *arguments], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
         )
         try:
-            yield Server(f"{address_once_up(process, log)}/v1", model)
+            yield Server(f"{_address(process, log)}/v1", model)
         finally:
             process.terminate()
             process.wait(timeout=30)
