@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from steering.errors import ModelError
 
@@ -49,8 +50,16 @@ def _attends(layer: nn.Module) -> bool:
 
 
 def config_sha256(model: nn.Module) -> str:
-    """Hash of the numbers that fix the architecture's shape; the same for every dtype and quantisation of a checkpoint."""
-    config = text_config(model)
+    """`shape_sha256` of a model's decoder."""
+    return shape_sha256(text_config(model))
+
+
+def shape_sha256(config: PreTrainedConfig) -> str:
+    """Hash of the numbers that fix the architecture's shape; the same for every dtype and quantisation of a checkpoint.
+
+    Args:
+        config: the decoder's, as `text_config` finds it.
+    """
     shape = {key: getattr(config, key, None) for key in SHAPE_KEYS}
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()
 
@@ -67,8 +76,13 @@ def weight_probe(model: nn.Module) -> Tensor:
 
 def _some(weight: Tensor, count: int) -> Tensor:
     """Evenly spaced values: (count,) float32 on the CPU."""
-    index = torch.linspace(0, weight.numel() - 1, count, dtype=torch.float64).long().to(weight.device)
+    index = spaced_places(weight.numel(), count).to(weight.device)
     return weight.detach().flatten()[index].float().cpu()
+
+
+def spaced_places(num_values: int, count: int = PROBE_SIZE) -> Tensor:
+    """Where a probe looks in a flattened weight: (count,) int64, from its first value to its last."""
+    return torch.linspace(0, num_values - 1, count, dtype=torch.float64).long()
 
 
 @contextmanager

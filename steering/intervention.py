@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from steering.architecture import text_config
 from steering.decision import ProfileActivation, ProfileDecision, SteeringOptions, decide_profile
-from steering.gate import QuantileGate
+from steering.experts import ConstantVector
+from steering.gate import AlwaysOpenGate, QuantileGate
 from steering.profile import SteeringProfile
 
 _FORCED = {"auto": math.nan, "open": 1.0, "closed": 0.0}
@@ -81,12 +82,10 @@ class Site:
         table: (1 + num_slots, d), the model's dtype. Row 0 is zero; row 1 + slot is what the slot's answer gets.
     """
 
-    def __init__(self, layer: int, profiles: list[SteeringProfile], num_slots: int, model: nn.Module) -> None:
-        weight = model.get_input_embeddings().weight
+    def __init__(self, layer: int, profiles: list[SteeringProfile], table: Tensor) -> None:
         self.layer = layer
         self.profiles = profiles
-        self._dtype = model.dtype
-        self.table = torch.zeros(1 + num_slots, text_config(model).hidden_size, dtype=model.dtype, device=weight.device)
+        self.table = table
 
     def read(self, states: Tensor, options: Sequence[SteeringOptions]) -> list[Reading]:
         """Gate and vector of each query: (n, d) states of n prompts' last tokens, and what each asks for. Waits for the device.
@@ -105,7 +104,7 @@ class Site:
             activations = [a for _, a in asked]
             mine = states if len(asked) == len(states) else states[[i for i, _ in asked]]
             vectors, numbers = _act(profile, activations, mine.float())
-            for (i, activation), vector, row in zip(asked, vectors.to(self._dtype), numbers.tolist(), strict=True):
+            for (i, activation), vector, row in zip(asked, vectors.to(self.table.dtype), numbers.tolist(), strict=True):
                 decision = _decision(profile, activation, row)
                 if profile.layer == self.layer or decision.reason == "non_finite":
                     decisions[i].append(decision)
@@ -118,6 +117,15 @@ class Site:
             for found, dose in zip(decisions, summed, strict=True)
         ]
 
+    def foretell(self, options: SteeringOptions) -> Reading | None:
+        """What this site adds for `options`, where that is the same for every query; None where the query decides.
+
+        Of the reading's profiles only what does not depend on the query means anything.
+        """
+        if all(_is_fixed(a, p) for p in self.profiles for a in options.activations if _means(a, p)):
+            return self.read(self.table.new_zeros(1, self.table.shape[1]), [options])[0]
+        return None
+
     def hold(self, slot: int, dose: Dose | None) -> None:
         """Keep the dose of the sequence in `slot` for its decode steps."""
         if dose is not None:
@@ -126,6 +134,14 @@ class Site:
 
 def _means(activation: ProfileActivation, profile: SteeringProfile) -> bool:
     return activation.profile == profile.name and activation.version in ("", profile.version)
+
+
+def _is_fixed(activation: ProfileActivation, profile: SteeringProfile) -> bool:
+    """Whether a profile adds the same to every query, perhaps nothing."""
+    if activation.shadow or activation.strength == 0 or activation.gate == "closed":
+        return True
+    always = activation.gate == "open" or isinstance(profile.gate, AlwaysOpenGate)
+    return always and isinstance(profile.experts, ConstantVector)
 
 
 def _act(profile: SteeringProfile, activations: list[ProfileActivation], states: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,16 +208,25 @@ def sites_of(
         num_slots: how many sequences may hold a dose at once.
         before: sites that were; those whose layers are still wanted are changed in place, and keep what they hold.
     """
-    device = model.get_input_embeddings().weight.device
-    by_layer: dict[int, list[SteeringProfile]] = {}
     for profile in profiles:
         profile.check_model(model)
-        for layer, part in profile.to(device).by_layer().items():
-            by_layer.setdefault(layer, []).append(part)
+    size, device = text_config(model).hidden_size, model.get_input_embeddings().weight.device
     kept = {site.layer: site for site in before}
     sites = []
-    for layer, found in sorted(by_layer.items()):
-        site = kept.get(layer) or Site(layer, found, num_slots, model)
+    for layer, found in profiles_by_layer(profiles, device).items():
+        table = torch.zeros(1 + num_slots, size, dtype=model.dtype, device=device)
+        site = kept.get(layer) or Site(layer, found, table)
         site.profiles = found
         sites.append(site)
     return sites
+
+
+def profiles_by_layer(
+    profiles: Sequence[SteeringProfile], device: torch.device | str
+) -> dict[int, list[SteeringProfile]]:
+    """What acts at each layer, from the lowest up, on `device`."""
+    by_layer: dict[int, list[SteeringProfile]] = {}
+    for profile in profiles:
+        for layer, part in profile.to(device).by_layer().items():
+            by_layer.setdefault(layer, []).append(part)
+    return dict(sorted(by_layer.items()))

@@ -7,7 +7,7 @@ Loading is strict: whatever is unknown, missing, damaged or not finite is refuse
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,8 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
-from steering.architecture import PROBE_SIZE, config_sha256, decoder_layers, probes_match, text_config, weight_probe
+from steering.architecture import PROBE_SIZE, decoder_layers, probes_match, shape_sha256, text_config, weight_probe
 from steering.errors import ProfileError
 from steering.experts import ConstantVector, Experts, LayeredVectors, LinearMap, MixtureOfSteeringExperts
 from steering.gate import AlwaysOpenGate, CosineGate, Gate, QuantileGate
@@ -120,18 +121,27 @@ class SteeringProfile:
 
     def check_model(self, model: nn.Module) -> None:
         """Raise ProfileError unless `model` is the checkpoint that this profile was trained on, in whatever dtype."""
-        reference, config = self.manifest.model, text_config(model)
+        self.check_checkpoint(text_config(model), len(decoder_layers(model)), lambda: weight_probe(model))
+
+    def check_checkpoint(self, config: PreTrainedConfig, num_layers: int, probe: Callable[[], Tensor]) -> None:
+        """`check_model` where no model is loaded.
+
+        Args:
+            config: the decoder's.
+            probe: gives the checkpoint's `weight_probe`; called where the shape is right.
+        """
+        reference = self.manifest.model
         for label, wanted, found in (
             ("hidden size", reference.hidden_size, config.hidden_size),
-            ("number of layers", reference.num_layers, len(decoder_layers(model))),
-            ("architecture hash", reference.config_sha256[:12], config_sha256(model)[:12]),
+            ("number of layers", reference.num_layers, num_layers),
+            ("architecture hash", reference.config_sha256[:12], shape_sha256(config)[:12]),
         ):
             if wanted != found:
                 raise ProfileError(
                     f"profile {self.name!r} was trained for model {reference.id!r} ({label} {wanted}), but the loaded model "
                     f"has {label} {found}. Serve that model, or train a profile for this one with `finesteer train`."
                 )
-        if not probes_match(self.weight_probe, weight_probe(model)):
+        if not probes_match(self.weight_probe, probe()):
             raise ProfileError(
                 f"profile {self.name!r} was trained for model {reference.id!r}; the loaded model has the same shape but "
                 "other weights. Serve that model, or train a profile for this one with `finesteer train`."

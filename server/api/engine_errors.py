@@ -10,6 +10,7 @@ from server.engine.base import (
     EngineStoppedError,
     GenerationError,
     PromptTooLongError,
+    UnsupportedRequestError,
 )
 from server.errors import (
     ApiError,
@@ -29,6 +30,8 @@ def api_error(error: EngineError) -> ApiError:
     match error:
         case PromptTooLongError():
             return InvalidRequestError(message, code="context_length_exceeded")
+        case UnsupportedRequestError():
+            return InvalidRequestError(message, code="unsupported_by_engine")
         case EngineOverloadedError():
             return OverloadedError(message)
         case DeadlineExceededError():

@@ -35,8 +35,23 @@ class GrammarState(Protocol):
         """Whether nothing may follow: the completion ends here, with no end token."""
 
 
+@dataclass(frozen=True)
+class GrammarSource:
+    """What a grammar was made of: a JSON schema's text, or llguidance's dialect of Lark."""
+
+    kind: Literal["json", "grammar"]
+    text: str
+
+
 class Grammar(Protocol):
-    """What a completion's tokens must spell. Immutable, shared by requests."""
+    """What a completion's tokens must spell. Immutable, shared by requests.
+
+    `source`: for engines that follow grammars by themselves; None where it spells special tokens in plain quotes, which others
+    do not understand.
+    """
+
+    @property
+    def source(self) -> GrammarSource | None: ...
 
     def begin(self) -> GrammarState:
         """A state at the grammar's start; cheap."""
@@ -177,6 +192,10 @@ class PromptTooLongError(EngineError):
     """Prompt leaves no room for a single new token within `max_model_len`."""
 
 
+class UnsupportedRequestError(EngineError):
+    """This engine cannot do what the request asks as the interface says; another one may."""
+
+
 class EngineOverloadedError(EngineError):
     """The waiting queue is full; try again later."""
 
@@ -222,7 +241,8 @@ class Engine(ABC):
 
     @abstractmethod
     async def start(self) -> None:
-        """Begin to serve. Returns when the engine takes requests."""
+        """Begin to serve. Returns when the engine takes requests; at once where it does already. Raises SteeringError where the
+        engine finds that profiles do not act as they should."""
 
     @abstractmethod
     async def stop(self) -> None:
@@ -233,7 +253,7 @@ class Engine(ABC):
         """Run a request; yields events of its n completions, interleaved, until each has had a `finish_reason`.
 
         Closing the iterator (`aclose`, or cancelling the task that reads it) aborts: the rows are freed at the next step.
-        Raises on the first `__anext__`: PromptTooLongError, EngineOverloadedError, EngineDeadError; later:
+        Raises on the first `__anext__`: PromptTooLongError, UnsupportedRequestError, EngineOverloadedError, EngineDeadError; later:
         GenerationError, EngineDeadError.
         """
 

@@ -11,7 +11,7 @@ from typing import Any
 from llguidance import LLMatcher, LLTokenizer
 
 from server.conversation import TextFormat
-from server.engine.base import Grammar
+from server.engine.base import Grammar, GrammarSource
 from server.errors import InvalidRequestError
 from server.grammar.matcher import CompiledGrammar
 from server.grammar.schema import SchemaError, schema_texts
@@ -83,7 +83,8 @@ class GrammarCompiler:
         Raises InvalidRequestError: code `invalid_grammar`.
         """
         try:
-            return await self._compile(LLMatcher.grammar_from_lark(text), self._marker_texts)
+            source = None if self._marker_texts else GrammarSource("grammar", text)
+            return await self._compile(LLMatcher.grammar_from_lark(text), self._marker_texts, source)
         except SchemaError as error:
             raise _refusal(what, param, error, "invalid_grammar") from error
 
@@ -104,19 +105,22 @@ class GrammarCompiler:
             *tries, last = schema_texts(schema, strict=strict)
             for text in tries:
                 try:
-                    return await self._compile(LLMatcher.grammar_from_json_schema(text), ()), text
+                    return await self._schema(text), text
                 except SchemaError:
                     continue
-            return await self._compile(LLMatcher.grammar_from_json_schema(last), ()), last
+            return await self._schema(last), last
         except ValueError as error:  # SchemaError, and what llguidance's reader of JSON says
             raise _refusal(what, param, error, "invalid_json_schema") from error
 
-    async def _compile(self, grammar: str, markers: tuple[str, ...]) -> CompiledGrammar:
+    async def _schema(self, text: str) -> CompiledGrammar:
+        return await self._compile(LLMatcher.grammar_from_json_schema(text), (), GrammarSource("json", text))
+
+    async def _compile(self, grammar: str, markers: tuple[str, ...], source: GrammarSource | None) -> CompiledGrammar:
         """From memory, or in a thread. A thread that takes too long is left to end, and its grammar to be found."""
         tokenizer = await self._tokenizer(markers)
         key = grammar, markers
         if key not in self._compiled:
-            self._compiled[key] = self._pool.submit(CompiledGrammar, tokenizer, grammar)
+            self._compiled[key] = self._pool.submit(CompiledGrammar, tokenizer, grammar, source)
         self._compiled.move_to_end(key)
         while len(self._compiled) > MAX_COMPILED:
             self._compiled.popitem(last=False)

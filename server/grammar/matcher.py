@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from server.engine.base import GenerationError, GrammarState
+from server.engine.base import GenerationError, GrammarSource, GrammarState
 from server.grammar.schema import SchemaError
 
 # An object's row grows by four items for each property that may be left out; 10,000 take a mask about 5 ms.
@@ -16,11 +16,12 @@ MAX_REASON = 300  # characters of the grammar engine's words that are repeated
 class CompiledGrammar:
     """An `engine.base.Grammar`."""
 
-    def __init__(self, tokenizer: LLTokenizer, grammar: str) -> None:
+    def __init__(self, tokenizer: LLTokenizer, grammar: str, source: GrammarSource | None = None) -> None:
         """`grammar`: as llguidance's `grammar_from_*` functions write them. Compiles it; the interpreter's lock is free meanwhile.
 
         Raises SchemaError: it cannot be compiled, or no token can begin it.
         """
+        self.source = source
         self._vocab_size = tokenizer.vocab_size
         self._matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LIMITS)
         if self._matcher.is_error():

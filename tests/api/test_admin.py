@@ -10,8 +10,8 @@ from collections import Counter
 import pytest
 
 from server.access.keys import Access
+from server.engine import served_profiles
 from server.engine.base import GenerationError, GenerationRequest, SamplingOptions
-from server.engine.native import engine as engine_module
 from server.steering_options import SteeringPolicy
 from steering.decision import ProfileActivation, SteeringOptions
 from steering.profile import SteeringProfile
@@ -114,7 +114,7 @@ async def test_streams_under_way_keep_their_version(artifacts, other, oracle):
 
 
 async def test_what_was_replaced_is_dropped_from_memory(artifacts, other, monkeypatch):
-    monkeypatch.setattr(engine_module, "RETIRE_AFTER_S", 0.05)
+    monkeypatch.setattr(served_profiles, "RETIRE_AFTER_S", 0.05)
     async with serving(artifacts, access=KEYS) as served:
         await post(served, "load", name="safety", source=str(other))
         async with asyncio.timeout(10):

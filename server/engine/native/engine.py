@@ -36,7 +36,8 @@ from server.engine.native.inbox import Inbox
 from server.engine.native.live_profiles import LiveProfiles
 from server.engine.native.probe import Probe
 from server.engine.native.sequence import SequenceGroup
-from steering.decision import SteeringDecision, SteeringOptions
+from server.engine.served_profiles import ServedProfiles
+from steering.decision import SteeringDecision
 from steering.errors import ProfileError
 from steering.manifest import ProfileManifest
 from steering.profile import SteeringProfile
@@ -44,7 +45,6 @@ from steering.profile import SteeringProfile
 logger = logging.getLogger(__name__)
 STOPPED = "the server is shutting down"
 STOP_WITHIN_S = 10.0  # a step that takes longer has hung
-RETIRE_AFTER_S = 30.0  # how long requests may still begin with a version that was replaced or unloaded
 
 
 class NativeEngine(Engine):
@@ -88,9 +88,7 @@ class NativeEngine(Engine):
         self._live = (
             LiveProfiles(self._core, model, profiles, memory.prefix_cache_bytes) if options.live_profiles else None
         )
-        self._profiles = {profile.name: profile.manifest for profile in profiles}
-        self._versions = {(profile.name, profile.version) for profile in profiles}  # that requests may begin with
-        self._retiring: dict[tuple[str, str], asyncio.TimerHandle] = {}
+        self._served = ServedProfiles((profile.manifest for profile in profiles), self._retire)
         self._changing = asyncio.Lock()
         self._awaited: set[concurrent.futures.Future[None]] = set()
         self._open: set[Inbox] = set()  # of requests that somebody waits for
@@ -109,13 +107,15 @@ class NativeEngine(Engine):
 
     @property
     def profiles(self) -> Mapping[str, ProfileManifest]:
-        return self._profiles
+        return self._served.manifests
 
     @property
     def failure(self) -> str | None:
         return self._failure
 
     async def start(self) -> None:
+        if self._thread is not None:
+            return
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, name="finesteer-engine", daemon=True)
         self._thread.start()
@@ -164,41 +164,21 @@ class NativeEngine(Engine):
         async with self._changing:
             profile = await asyncio.to_thread(SteeringProfile.load, reference, name)
             check(profile.manifest)
-            retiring = self._keep(name, profile.version)
+            retiring = self._served.keep(name, profile.version)
             try:
                 await self._on_thread(self._live.add, profile)
             except BaseException:
                 if retiring:
-                    self._retire_later(name, profile.version)
+                    self._served.retire_later(name, profile.version)
                 raise
-            before = self._profiles.get(name)
-            self._versions.add((name, profile.version))
-            self._profiles = {**self._profiles, name: profile.manifest}
-            if before is not None and before.version != profile.version:
-                self._retire_later(name, before.version)
+            self._served.put(name, profile.manifest)
             return profile.manifest
 
     async def unload_profile(self, name: str) -> None:
         async with self._changing:
-            version = self._profiles[name].version
-            self._profiles = {n: manifest for n, manifest in self._profiles.items() if n != name}
-            self._retire_later(name, version)
-
-    def _retire_later(self, name: str, version: str) -> None:
-        """Requests whose prompts are just being read have this version in hand."""
-        timer = asyncio.get_running_loop().call_later(RETIRE_AFTER_S, self._retire, name, version)
-        self._retiring[name, version] = timer
-
-    def _keep(self, name: str, version: str) -> bool:
-        """Do not retire a version that is loaded again; whether it was about to be."""
-        timer = self._retiring.pop((name, version), None)
-        if timer is not None:
-            timer.cancel()
-        return timer is not None
+            self._served.remove(name)
 
     def _retire(self, name: str, version: str) -> None:
-        del self._retiring[name, version]
-        self._versions.discard((name, version))
         self._commands.put((lambda key: self._live.retire(*key), (name, version)))
 
     async def _on_thread(self, work: Callable[[Any], None], argument: Any) -> None:
@@ -245,7 +225,7 @@ class NativeEngine(Engine):
         queued = self._commands.qsize() + self._stats.num_waiting  # the scheduler itself counts once its step is done
         if queued >= self._max_queued:
             raise EngineOverloadedError("too many requests are waiting already; try again later")
-        request = replace(request, steering=self._pinned(request.steering))
+        request = replace(request, steering=self._served.pinned(request.steering))
         inbox = Inbox()
 
         def deliver(result: Result) -> None:
@@ -257,18 +237,6 @@ class NativeEngine(Engine):
         self._check_alive()  # if it failed in between, nobody will read that command
         self._open.add(inbox)
         return group, inbox
-
-    def _pinned(self, steering: SteeringOptions) -> SteeringOptions:
-        """The same with each profile's version named: the one that is loaded, where the request names none."""
-        activations = []
-        for activation in steering.activations:
-            name, version = activation.profile, activation.version
-            if not version and name in self._profiles:
-                version = self._profiles[name].version
-            if (name, version) not in self._versions:
-                raise GenerationError(f"no steering profile {name!r} is loaded", "profile_not_found")
-            activations.append(replace(activation, version=version))
-        return replace(steering, activations=tuple(activations))
 
     # -- the engine's thread --------------------------------------------------------------------------------------------
 

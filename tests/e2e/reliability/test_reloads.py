@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from server.access.keys import Access
-from server.engine.native import engine as engine_module
+from server.engine import served_profiles
 from tests.checkpoint import FIRING
 from tests.serving import serving
 
@@ -15,7 +15,7 @@ GRACE_S = 2.0  # four loads take less
 
 async def test_a_version_may_come_back_while_it_is_being_retired(artifacts, oracle, monkeypatch):
     """Every version is retired once for each time that it was replaced, and never while it is the one that is loaded."""
-    monkeypatch.setattr(engine_module, "RETIRE_AFTER_S", GRACE_S)
+    monkeypatch.setattr(served_profiles, "RETIRE_AFTER_S", GRACE_S)
     async with serving(artifacts, access=Access.of(admin="admin")) as served:
 
         async def load(which: str) -> str:

@@ -1,0 +1,161 @@
+"""From this server's options and vLLM's own to a vLLM configuration; what steering cannot be had with is refused by name."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from server.engine.vllm.settings import PluginSettings
+from steering.errors import ModelError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+PREFIX = "--vllm."
+MAX_LOGPROBS = 20
+KNOWN_WORKERS = ("CPUWorker", "Worker")
+# vLLM's flags that this server sets, and what to use in their place.
+OURS = {
+    "model": "the model's place on the command line",
+    "served_model_name": "--served-model-name",
+    "tensor_parallel_size": "--tensor-parallel-size",
+    "max_model_len": "--max-model-len",
+    "max_num_seqs": "--max-num-seqs",
+    "max_num_batched_tokens": "--max-batched-tokens",
+    "kv_cache_memory_bytes": "--kv-cache-memory",
+    "dtype": "--dtype",
+    "scheduler_cls": "nothing: this server's scheduler hands on what steering found",
+    "runner": "nothing: this server generates",
+}
+
+
+@dataclass(frozen=True)
+class VllmOptions:
+    """How vLLM is to run.
+
+    Attributes:
+        max_num_seqs, max_model_len, max_batched_tokens, max_waiting: as the native engine's.
+        kv_cache_bytes: for keys and values, in all; None: as vLLM sees fit.
+        prefix_cache: whether finished prompts are kept.
+        dtype: "auto" or a torch dtype's name.
+        tensor_parallel_size: cards over which each layer is spread.
+        one_pass: decide and steer in the prompt's only pass; no prompt is cut, and none shares its beginning with another.
+        flags: vLLM's own, as on its command line, such as ("--enforce-eager", "--block-size=32").
+    """
+
+    max_num_seqs: int = 32
+    max_model_len: int | None = None
+    max_batched_tokens: int | None = None
+    max_waiting: int = 1024
+    kv_cache_bytes: int | None = None
+    prefix_cache: bool = True
+    dtype: str = "auto"
+    tensor_parallel_size: int = 1
+    one_pass: bool = False
+    flags: tuple[str, ...] = ()
+
+
+def vllm_config(model: str, options: VllmOptions, settings: PluginSettings) -> VllmConfig:
+    """What vLLM is started with. Raises ModelError: a flag that it does not know, a value that it does not take, or something
+    that steering cannot be had with."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    given = _parse(options.flags)
+    given.model = model
+    given.tensor_parallel_size = options.tensor_parallel_size
+    given.max_model_len = options.max_model_len
+    given.max_num_seqs = options.max_num_seqs
+    given.max_num_batched_tokens = options.max_batched_tokens
+    given.kv_cache_memory_bytes = options.kv_cache_bytes
+    given.enable_prefix_caching = options.prefix_cache
+    given.dtype = options.dtype
+    given.scheduling_policy = "priority"
+    given.generation_config = "vllm"  # sampling is what the request says, not what the checkpoint's authors suggest
+    given.max_logprobs = max(given.max_logprobs, MAX_LOGPROBS)
+    given.disable_log_stats = True  # this server has metrics of its own
+    given.additional_config = {**given.additional_config, **settings.to_config()}
+    if options.one_pass:
+        given.enable_chunked_prefill = False
+    try:
+        config = AsyncEngineArgs.from_cli_args(given).create_engine_config()
+    except (ValueError, RuntimeError, NotImplementedError, OSError) as error:
+        raise ModelError(f"--engine vllm: vLLM refuses this configuration: {_said(error)}") from error
+    refuse_unsupported(config, options)
+    mode = "ReportingAsyncScheduler" if config.scheduler_config.async_scheduling else "ReportingScheduler"
+    config.scheduler_config.scheduler_cls = f"server.engine.vllm.scheduling.{mode}"
+    return config
+
+
+def _parse(flags: Sequence[str]) -> argparse.Namespace:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    for flag in flags:
+        name = flag.split("=")[0].lstrip("-").replace("-", "_")
+        if flag.startswith("--") and name in OURS:
+            raise ModelError(f"{PREFIX}{name.replace('_', '-')}: use {OURS[name]}.")
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(add_help=False))
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed, unknown = parser.parse_known_args(list(flags))
+    except (SystemExit, ValueError, TypeError) as error:
+        reason = _said(error) if not isinstance(error, SystemExit) else said.getvalue().strip().splitlines()[-1]
+        raise ModelError(f"{PREFIX}…: vLLM does not take it: {reason}") from error
+    if unknown:
+        raise ModelError(f"{PREFIX}{unknown[0].lstrip('-')}: vLLM has no such option.")
+    return parsed
+
+
+def refuse_unsupported(config: VllmConfig, options: VllmOptions) -> None:
+    """Raise ModelError for what steering would be wrong with, or was never proved right with."""
+    parallel = config.parallel_config
+    for wanted, what, why in (
+        (
+            parallel.pipeline_parallel_size > 1,
+            "--vllm.pipeline-parallel-size",
+            "a site's states stay on their own stage",
+        ),
+        (
+            parallel.prefill_context_parallel_size > 1,
+            "--vllm.prefill-context-parallel-size",
+            "prompts are cut over cards",
+        ),
+        (parallel.decode_context_parallel_size > 1, "--vllm.decode-context-parallel-size", "it was not tried"),
+        (parallel.enable_dbo, "--vllm.enable-dbo", "a step is cut in two, and rows are counted anew"),
+        (
+            parallel.use_sequence_parallel_moe or parallel.enable_hc_sp,
+            "sequence parallelism (--vllm.enable-expert-parallel over several cards and replicas, --vllm.enable-hc-sp)",
+            "each card then has other rows of the residual stream",
+        ),
+        (config.speculative_config is not None, "--vllm.speculative-config", "drafts were not tried"),
+        (config.lora_config is not None, "--vllm.enable-lora", "it was not tried"),
+        (config.kv_transfer_config is not None, "--vllm.kv-transfer-config", "another server's cache knows no vectors"),
+        (config.model_config.enable_prompt_embeds, "--vllm.enable-prompt-embeds", "prompts are tokens here"),
+        (
+            parallel.worker_cls.rsplit(".", 1)[-1] not in KNOWN_WORKERS,
+            "--vllm.worker-cls",
+            "the plugin knows vLLM's own",
+        ),
+    ):
+        if wanted:
+            raise ModelError(f"{what} cannot be used with steering: {why}. Leave it out.")
+    if options.one_pass:
+        scheduler = config.scheduler_config
+        if scheduler.enable_chunked_prefill:
+            raise ModelError("--vllm-one-pass: prompts must not be cut; leave --vllm.enable-chunked-prefill out.")
+        if config.device_config.device_type != "cpu" and not config.model_config.enforce_eager:
+            raise ModelError(
+                "--vllm-one-pass: workers decide amid the pass, which a recorded graph cannot; add --vllm.enforce-eager, or leave "
+                "it out."
+            )
+
+
+def _said(error: Exception) -> str:
+    """Its last line: what pydantic and vLLM write before it is where it was."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and "errors.pydantic.dev" not in line]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,5 @@
+"""placeholder"""
+
+
+def patch() -> None:
+    return None

@@ -1,0 +1,202 @@
+"""One worker's account of its requests' orders, and what follows for each step's tables. Knows no runner of vLLM's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from server.engine.vllm.orders import Addition, Order, Report
+from server.engine.vllm.tables import SiteTable
+from steering.decision import ProfileDecision, SteeringOptions
+
+
+class Span(NamedTuple):
+    """One request's part of a step: `num_tokens` rows of the packed states from `row` on, the first at `position` of the request."""
+
+    request_id: str
+    row: int
+    num_tokens: int
+    position: int
+
+
+class Decider(Protocol):
+    """What a worker decides by, in one-pass mode."""
+
+    def read(
+        self, layer: int, states: Tensor, options: list[SteeringOptions]
+    ) -> list[tuple[tuple[ProfileDecision, ...], Addition | None, float]]:
+        """For each of n queries, (n, d): the decisions that the layer reports, what it adds, and the milliseconds that took."""
+
+
+@dataclass
+class _Request:
+    """`slots`: layer → row of the answer's vector, the prompt's is the next; empty while the request is not in the batch."""
+
+    order: Order
+    num_prompt_tokens: int
+    additions: dict[int, Addition]
+    slots: dict[int, int] = field(default_factory=dict)
+    reported: bool = False
+    profiles: list[ProfileDecision] = field(default_factory=list)
+    compute_ms: float = 0.0
+
+    def reads(self, layer: int) -> bool:
+        return self.order.decide is not None or layer in self.order.read
+
+
+class WorkerSteering:
+    """Writes the tables of one worker before each step and reads them after it.
+
+    Args:
+        tables: by layer, with rows for two vectors of each request of a batch.
+        reports: whether this worker is the one whose reports are sent.
+        decider: for requests whose orders say so.
+    """
+
+    def __init__(
+        self, tables: Mapping[int, SiteTable], *, reports: bool = True, decider: Decider | None = None
+    ) -> None:
+        self.tables = tables
+        self._reports = reports
+        self._decider = decider
+        self._requests: dict[str, _Request] = {}
+        self._free = {layer: list(range(1, len(table.vectors), 2)) for layer, table in tables.items()}
+        self._ending: list[tuple[Span, int, _Request]] = []  # prompts that end in this step, with their row
+        self._steady: list[str] | None = (
+            None  # the last step's requests, where each had one token and the rows still hold
+        )
+
+    def arrive(self, request_id: str, num_prompt_tokens: int, order: Order | None) -> None:
+        """A request is new here, or comes anew after it was preempted."""
+        self.depart(request_id)
+        if order is not None:
+            additions = {addition.layer: addition for addition in order.add}
+            self._requests[request_id] = _Request(order, num_prompt_tokens, additions)
+
+    def depart(self, request_id: str) -> None:
+        """It is finished."""
+        self.pause(request_id)
+        self._requests.pop(request_id, None)
+
+    def pause(self, request_id: str) -> None:
+        """It has lost its place in the batch."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            for layer, slot in request.slots.items():
+                self._free[layer].append(slot)
+            request.slots.clear()
+            self._steady = None
+
+    def begin(self, spans: Iterable[Span], num_rows: int) -> None:
+        """Before a step of `num_rows` tokens, which the spans fill."""
+        self._ending.clear()
+        if not self._requests:
+            if self._steady != []:
+                self._write({}, num_rows)
+                self._steady = []
+            return
+        spans = list(spans)
+        names = [span.request_id for span in spans]
+        if names == self._steady and num_rows == len(names):
+            return
+        rows = {layer: np.zeros(num_rows, np.int32) for layer in self.tables}
+        for span in spans:
+            request = self._requests.get(span.request_id)
+            if request is None:
+                continue
+            here = request.num_prompt_tokens - 1 - span.position  # the prompt's last token, from the span's start
+            if 0 <= here < span.num_tokens and not request.reported:
+                self._ending.append((span, span.row + here, request))
+            for layer in request.additions:
+                self._hold(request, layer)
+                _fill(rows[layer], span, here, request.slots[layer])
+        self._write(rows, num_rows)
+        self._steady = names if num_rows == len(names) and not self._ending else None
+
+    def _hold(self, request: _Request, layer: int) -> None:
+        """Have what a layer adds to a request in its table."""
+        if layer in request.slots:
+            return
+        vectors, addition = self.tables[layer].vectors, request.additions[layer]
+        slot = request.slots[layer] = self._free[layer].pop()
+        for row, raw in ((slot, addition.answer), (slot + 1, addition.prompt)):
+            if raw is None:
+                vectors[row].zero_()
+            else:
+                vectors[row].copy_(torch.frombuffer(bytearray(raw), dtype=vectors.dtype))
+
+    def _write(self, rows: Mapping[int, np.ndarray], num_rows: int) -> None:
+        deciding = any(request.order.decide is not None for _, _, request in self._ending)
+        for layer, table in self.tables.items():
+            table.write_rows(rows[layer] if rows else np.zeros(num_rows, np.int32), self._decide if deciding else None)
+            table.write_queries([row for _, row, request in self._ending if request.reads(layer)])
+
+    def _decide(self, layer: int, states: Tensor) -> None:
+        """Amid the pass: decide for those who ask for it, and have their vectors act in this very step."""
+        reading = [(span, request) for span, _, request in self._ending if request.reads(layer)]
+        asking = [i for i, (_, request) in enumerate(reading) if request.order.decide is not None]
+        if not asking:
+            return
+        table = self.tables[layer]
+        found = self._decider.read(layer, states[asking], [reading[i][1].order.decide for i in asking])
+        for i, (profiles, addition, compute_ms) in zip(asking, found, strict=True):
+            span, request = reading[i]
+            request.profiles += profiles
+            request.compute_ms += compute_ms
+            if addition is not None:
+                request.additions[layer] = addition
+                self._hold(request, layer)
+                rows = np.zeros(span.num_tokens, np.int32)
+                here = request.num_prompt_tokens - 1 - span.position
+                _fill(rows, span._replace(row=0), here, request.slots[layer])
+                table.row_of_token[span.row : span.row + span.num_tokens] = torch.from_numpy(rows)
+                table.adds = True
+
+    def end(self) -> Callable[[], dict[str, Report]] | None:
+        """After a step: what gives its reports, by request; None where no prompt ended. It waits for the device.
+
+        What it reads is set aside at once, in the device's order, so that the next step may begin before it is called.
+        """
+        if not self._ending:
+            return None
+        ending, self._ending = [(span.request_id, request) for span, _, request in self._ending], []
+        read: dict[str, dict[int, Tensor]] = {name: {} for name, _ in ending}
+        for layer, table in self.tables.items():
+            names = [name for name, request in ending if request.reads(layer)]
+            wanted = [i for i, name in enumerate(names) if layer in self._requests[name].order.read]
+            if wanted and self._reports:
+                states = table.states[wanted].float()
+                for i, state in zip(wanted, states, strict=True):
+                    read[names[i]][layer] = state
+            table.write_queries([])
+            table.decide = None
+        for name, request in ending:
+            request.reported = True
+            if not request.additions:
+                del self._requests[name]  # nothing more is to be done for it
+        if not self._reports:
+            return None
+
+        def reports() -> dict[str, Report]:
+            return {
+                name: Report(
+                    {layer: state.cpu().numpy().tobytes() for layer, state in read[name].items()},
+                    tuple(request.additions),
+                    (tuple(request.profiles), request.compute_ms) if request.order.decide is not None else None,
+                )
+                for name, request in ending
+            }
+
+        return reports
+
+
+def _fill(rows: np.ndarray, span: Span, here: int, slot: int) -> None:
+    """The prompt's vector for a span's tokens before the prompt's last, which is its `here`-th, the answer's from there on."""
+    answer = span.row + min(max(here, 0), span.num_tokens)
+    rows[span.row : answer] = slot + 1
+    rows[answer : span.row + span.num_tokens] = slot
