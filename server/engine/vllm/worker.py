@@ -67,9 +67,8 @@ class WorkerSteering:
         self._requests: dict[str, _Request] = {}
         self._free = {layer: list(range(1, len(table.vectors), 2)) for layer, table in tables.items()}
         self._ending: list[tuple[Span, int, _Request]] = []  # prompts that end in this step, with their row
-        self._steady: list[str] | None = (
-            None  # the last step's requests, where each had one token and the rows still hold
-        )
+        # The last step's requests, where each had one token of its answer and the rows still hold.
+        self._steady: list[str] | None = None
 
     def arrive(self, request_id: str, num_prompt_tokens: int, order: Order | None) -> None:
         """A request is new here, or comes anew after it was preempted."""
@@ -105,18 +104,20 @@ class WorkerSteering:
         if names == self._steady and num_rows == len(names):
             return
         rows = {layer: np.zeros(num_rows, np.int32) for layer in self.tables}
+        answering = num_rows == len(names)
         for span in spans:
             request = self._requests.get(span.request_id)
             if request is None:
                 continue
             here = request.num_prompt_tokens - 1 - span.position  # the prompt's last token, from the span's start
+            answering = answering and here <= 0  # a prompt may come one token at a time, too
             if 0 <= here < span.num_tokens and not request.reported:
                 self._ending.append((span, span.row + here, request))
             for layer in request.additions:
                 self._hold(request, layer)
                 _fill(rows[layer], span, here, request.slots[layer])
         self._write(rows, num_rows)
-        self._steady = names if num_rows == len(names) and not self._ending else None
+        self._steady = names if answering and not self._ending else None
 
     def _hold(self, request: _Request, layer: int) -> None:
         """Have what a layer adds to a request in its table."""
