@@ -30,7 +30,8 @@ numbers = itertools.count()
 
 
 def whole(status: int, body: bytes = b"{}") -> Answer:
-    head = f"HTTP/1.1 {status} -\r\ncontent-length: {len(body)}\r\ncontent-type: application/json\r\n\r\n".encode()
+    headers = {"content-length": len(body), "content-type": "application/json", "connection": "close"}
+    head = "".join([f"HTTP/1.1 {status} -\r\n", *(f"{k}: {v}\r\n" for k, v in headers.items()), "\r\n"]).encode()
     return lambda client: client.sendall(head + body)
 
 
