@@ -369,6 +369,7 @@ def test_a_server_is_killed_and_only_streams_that_had_begun_break(fleet):
         time.sleep(3)
     assert "incomplete chunked read" in str(broken_off.value.__cause__)
     assert len(underway.chunks) < LONG["max_tokens"] and fleet.asked(underway.stream_id) == dying.name
+    assert underway.whole is not None, "the whole answer that ran there was not done again"
     assert underway.whole.choices[0].finish_reason == "length"
     again = fleet.balancer.entry(underway.whole_id)
     assert (again["server"], again["server_status"]) == ([dying.name, living.name], "502, 200")

@@ -242,6 +242,21 @@ def test_bodies_up_to_the_servers_limit_have_their_key_and_none_is_slow(stage):
         assert time.monotonic() - begun < 5, f"{piece!r}: the search for the key takes long"
 
 
+def test_a_body_sent_in_pieces_has_its_key_too(stage):
+    body = json.dumps({"messages": [user("Hello")]}).encode()
+    pieces = (body[n : n + 7] for n in range(0, len(body), 7))
+    headers = {"X-Request-Id": f"test-{next(numbers)}", "Content-Type": "application/json"}
+    assert httpx.post(stage.balancer.url + CHAT, content=pieces, headers=headers).status_code == 200
+    assert stage.balancer.entry(headers["X-Request-Id"])["key"] == "|Hello"
+
+
+def test_two_balancers_choose_alike(stage, tmp_path):
+    with balancer(tmp_path / "another", tuple(stage.servers)) as another:
+        for number in range(20):
+            body = {"messages": [user(f"question {number}")]}
+            assert stage.entry(body)["server"] == Stage(another, stage.servers).entry(body)["server"]
+
+
 # ---- what passes ---------------------------------------------------------------------------------------------------
 
 
