@@ -18,7 +18,6 @@ import httpx
 
 CONFIGURATION = Path(__file__).parents[1] / "docker" / "fleet" / "nginx.conf"
 NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-Changes = Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)

@@ -59,9 +59,6 @@ class Replica:
     def metric(self, name: str, **labels: str) -> float:
         return sample(httpx.get(f"{self.url}/metrics").text, name, **labels)
 
-    def said(self) -> str:
-        return self._log.read_text()
-
 
 @dataclass
 class Fleet:
