@@ -198,7 +198,7 @@ def test_every_kind_of_profile(kind):
 @pytest.mark.parametrize("report", [None, Report({}, ()), Report({}, (2,)), Report({}, (1, 2))], ids=str)
 def test_a_report_that_does_not_say_what_was_ordered_ends_the_request(report):
     passes = steering_of("same1").passes(asked(forced("same1")))
-    with pytest.raises(GenerationError, match="not answered unsteered") as failure:
+    with pytest.raises(GenerationError, match="not answered") as failure:
         passes.read(report)
     assert failure.value.code == "steering_lost"
 
@@ -209,6 +209,18 @@ def test_workers_that_add_unasked_end_the_request():
     with pytest.raises(GenerationError, match=r"steer at layers \[\]"):
         passes.read(replace(told, added=(1,)))
     assert passes.read(told)
+
+
+@pytest.mark.parametrize("strength", [3e38, -3e38])
+@pytest.mark.parametrize("name", ["own1", "same1"])
+def test_a_dose_that_no_dtype_holds_reaches_no_worker(name, strength):
+    passes = steering_of(name).passes(asked(forced(name, strength=strength)))
+    assert passes.order.add == (), "not at first either, where no query changes it"
+    with pytest.raises(GenerationError, match="lower steer_strength") as failure:
+        passes.read(work(passes.order))
+    assert failure.value.code == "non_finite_logits"
+    [told] = failure.value.decision.profiles
+    assert (told.strength, told.reason, failure.value.decision.applied) == (strength, "forced_open", True)
 
 
 def test_reports_may_name_layers_in_any_order():
@@ -243,10 +255,11 @@ def test_what_was_decided_is_recalled_for_the_same_question_alone():
     decided, _ = decide(steering, request)
     assert steering.recall(request) is None
     steering.remember(request, decided)
-    found = steering.recall(replace(request, request_id="another", cache_owner="another"))
+    found = steering.recall(replace(request, request_id="another"))
     assert found.additions == decided.additions and found.order == Order(add=decided.additions)
     assert found.decision == replace(decided.decision, compute_ms=0.0)
     for other in (
+        replace(request, cache_owner="another"),  # that somebody asked it is his own affair
         asked(forced("own1"), prompt=PROMPT[:-1]),
         asked(forced("own1"), prompt=(*PROMPT[:-1], 11)),
         asked(forced("own1", strength=2.0)),
