@@ -36,6 +36,8 @@ def _facts(config: ServerConfig, engine: Engine, address: str) -> Panel:
     )
     facts.add_row("Model", Text.assemble((config.served_model_name, "bold"), shape))
     memory = f"{_mib(info.kv_cache_bytes)} for running sequences, {_mib(info.prefix_cache_bytes)} for the prefix cache"
+    if info.engine == "vllm":
+        memory = f"{_mib(info.kv_cache_bytes)} for running sequences and the prefix cache, by vLLM"
     facts.add_row("Memory", Text(memory))
     for i, (name, manifest) in enumerate(engine.profiles.items()):
         facts.add_row("" if i else "Profiles", _profile(config, name, manifest))

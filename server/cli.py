@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from server import lab
 from server.access.keys import digest
 from server.config import ConfigError, ServerConfig
 from server.listen import listen
+from server.vllm_flags import FLAG_OPTION, gather
 
 app = typer.Typer(
     name="finesteer",
@@ -31,9 +33,15 @@ def finesteer() -> None:
 
 @app.command()
 def serve(
-    model: Annotated[
-        str | None, typer.Option(help="Folder or hub id. Without it: the embedded demo model and its profiles.")
+    model_argument: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="Folder or hub id. Without it: the embedded demo model and its profiles.",
+            show_default=False,
+        ),
     ] = None,
+    model: Annotated[str | None, typer.Option(help="The same as MODEL.")] = None,
     profile: Annotated[
         list[str] | None, typer.Option(metavar="NAME=PATH", help="A steering profile's folder or hub id; repeatable.")
     ] = None,
@@ -77,6 +85,23 @@ def serve(
     ] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="native, or vllm: for models that need several cards. vLLM's own flags as --vllm.NAME, after MODEL: "
+            "--vllm.gpu-memory-utilization 0.8."
+        ),
+    ] = "native",
+    tensor_parallel_size: Annotated[int, typer.Option(help="Cards over which vLLM spreads each layer.")] = 1,
+    vllm_one_pass: Annotated[
+        bool,
+        typer.Option(
+            "--vllm-one-pass",
+            help="Have vLLM decide and steer in a prompt's only pass: steered prompts start sooner, but none is cut in chunks or "
+            "shares its beginning with another.",
+        ),
+    ] = False,
+    vllm_flag: Annotated[list[str] | None, typer.Option(FLAG_OPTION, hidden=True)] = None,
     chat_template: Annotated[Path | None, typer.Option(help="A Jinja file in place of the model's own.")] = None,
     tool_format: Annotated[
         str | None,
@@ -148,8 +173,10 @@ def serve(
 ) -> None:
     """Serve an OpenAI-compatible API."""
     try:
+        if None not in (model, model_argument) and model != model_argument:
+            raise ConfigError(f"--model {model}: the model is {model_argument} already; give one.")
         config = ServerConfig.from_options(
-            model=model,
+            model=model or model_argument,
             profiles=profile or (),
             served_model_name=served_model_name,
             profile_policies=profile_policy or (),
@@ -180,6 +207,10 @@ def serve(
             compile=compile,
             dtype=dtype,
             device=device,
+            engine=engine,
+            tensor_parallel_size=tensor_parallel_size,
+            vllm_one_pass=vllm_one_pass,
+            vllm_flags=tuple(vllm_flag or ()),
             chat_template=chat_template,
             tool_format=tool_format,
             log_level=log_level,
@@ -220,4 +251,4 @@ lab.register(app)
 
 def main() -> None:
     """The console script's entry."""
-    app()
+    app(args=gather(sys.argv[1:]))

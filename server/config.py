@@ -20,6 +20,7 @@ from server.wire.steering import METADATA_LEVELS, Mode
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 MetricsCompat = Literal["vllm"]
+EngineName = Literal["native", "vllm"]
 API_KEY_VARIABLE = "FINESTEER_API_KEY"
 ADMIN_KEY_VARIABLE = "FINESTEER_ADMIN_KEY"
 DEMO_MODEL_NAME = "demo"
@@ -57,6 +58,10 @@ class ServerConfig:
     compile: bool = False
     dtype: str = "auto"
     device: str = "auto"
+    engine: EngineName = "native"
+    tensor_parallel_size: int = 1
+    vllm_one_pass: bool = False
+    vllm_flags: tuple[str, ...] = ()
     chat_template: Path | None = None
     tool_format: str | None = None
     policy: SteeringPolicy = field(default_factory=SteeringPolicy)
@@ -79,7 +84,14 @@ class ServerConfig:
             raise ConfigError("--served-model-name must not be empty.")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port {self.port} is no port; use 0 (any free one) to 65535.")
-        for option in ("max_num_seqs", "max_model_len", "max_batched_tokens", "max_waiting", "num_threads"):
+        for option in (
+            "max_num_seqs",
+            "max_model_len",
+            "max_batched_tokens",
+            "max_waiting",
+            "num_threads",
+            "tensor_parallel_size",
+        ):
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise ConfigError(f"--{option.replace('_', '-')} {value} must be at least 1.")
@@ -90,6 +102,7 @@ class ServerConfig:
                 raise ConfigError(
                     f"--{option}-timeout {seconds:g} must be a finite number of seconds, at least {least}."
                 )
+        self._check_engine()
         if self.tool_format is not None and self.tool_format not in FORMATS:
             raise ConfigError(f"--tool-format {self.tool_format!r} is not known; there are {', '.join(FORMATS)}.")
         if self.access.isolate_keys and len(self.access.api_keys) < 2:
@@ -120,6 +133,31 @@ class ServerConfig:
                     raise ConfigError(
                         f"{option}: no profile {name!r} is loaded. Loaded: {', '.join(self.profiles) or 'none'}."
                     )
+
+    def _check_engine(self) -> None:
+        """That what is asked for is this engine's to do."""
+        if self.engine == "native":
+            wanted = (
+                (self.tensor_parallel_size > 1, "--tensor-parallel-size"),
+                (self.vllm_one_pass, "--vllm-one-pass"),
+                (bool(self.vllm_flags), f"--vllm.{self.vllm_flags[0].lstrip('-')}" if self.vllm_flags else ""),
+            )
+            for given, option in wanted:
+                if given:
+                    raise ConfigError(f"{option}: only vLLM has that; add --engine vllm.")
+            return
+        for given, option, instead in (
+            (self.compile, "--compile", "vLLM compiles by itself; --vllm.enforce-eager has it not do so"),
+            (self.device != "auto", "--device", "vLLM takes the cards it sees; set CUDA_VISIBLE_DEVICES"),
+            (self.num_threads is not None, "--num-threads", "set VLLM_CPU_OMP_THREADS_BIND to the cores, such as 0-7"),
+            (
+                self.prefix_cache_memory not in (None, 0),
+                "--prefix-cache-memory",
+                "vLLM keeps finished prompts where running ones are, in --kv-cache-memory; 0 has it keep none",
+            ),
+        ):
+            if given:
+                raise ConfigError(f"{option} is not for --engine vllm: {instead}.")
 
     @classmethod
     def from_options(
@@ -164,6 +202,7 @@ class ServerConfig:
             overrides=_choices("--profile-policy", profile_policies, get_args(Override)),
             modes=_choices("--profile-mode", profile_modes, get_args(Mode)),
         )
+        _choice("--engine", options.get("engine", "native"), get_args(EngineName))
         _choice("--log-level", options.get("log_level", "info"), get_args(LogLevel))
         _choice("--log-format", options.get("log_format", "human"), get_args(LogFormat))
         if options.get("metrics_compat") not in (None, *get_args(MetricsCompat)):

@@ -23,7 +23,7 @@ from server.app import create_app
 from server.banner import announce
 from server.config import ConfigError, ServerConfig
 from server.connection import MAX_HEAD_BYTES, BoundedConnection
-from server.engine.base import Engine
+from server.engine.base import Engine, EngineObserver
 from server.engine.native.load import load_engine
 from server.listen import address_of, allow_connections
 from server.observability.audit import AuditLog, AuditLogError
@@ -50,22 +50,7 @@ def run(config: ServerConfig, listener: socket.socket) -> None:
     try:
         with console.status(f"Loading {config.served_model_name} …"):
             prompter = load_prompter(config.model, config.chat_template, config.tool_format)
-            engine = load_engine(
-                config.model,
-                config.profiles,
-                dtype=config.dtype,
-                device=config.device,
-                max_num_seqs=config.max_num_seqs,
-                max_model_len=config.max_model_len,
-                max_batched_tokens=config.max_batched_tokens,
-                max_waiting=config.max_waiting,
-                kv_cache_bytes=config.kv_cache_memory,
-                prefix_cache_bytes=config.prefix_cache_memory,
-                num_threads=config.num_threads,
-                compiled=config.compile,
-                live_profiles=config.access.admin_sha256 is not None,
-                observer=metrics,
-            )
+            engine = _load_engine(config, metrics)
     except SteeringError as error:
         raise ConfigError(str(error)) from error
     except (MemoryError, OSError, RuntimeError) as error:
@@ -87,9 +72,48 @@ def run(config: ServerConfig, listener: socket.socket) -> None:
     address = address_of(listener)
     server = make_server(app, lambda: _announce(console, config, engine, address))
     allow_connections()
-    server.run(sockets=[listener])
+    try:
+        server.run(sockets=[listener])
+    except SteeringError as error:
+        raise ConfigError(str(error)) from error
     if not server.started:
         sys.exit(1)
+
+
+def _load_engine(config: ServerConfig, observer: EngineObserver) -> Engine:
+    """Raises SteeringError, and what memory's end raises."""
+    options = {
+        "dtype": config.dtype,
+        "max_num_seqs": config.max_num_seqs,
+        "max_model_len": config.max_model_len,
+        "max_batched_tokens": config.max_batched_tokens,
+        "max_waiting": config.max_waiting,
+        "kv_cache_bytes": config.kv_cache_memory,
+    }
+    if config.engine == "vllm":
+        from server.engine.vllm import load as vllm  # vLLM itself may not be there
+
+        return vllm.load_engine(
+            config.model,
+            config.profiles,
+            prefix_cache=config.prefix_cache_memory != 0,
+            tensor_parallel_size=config.tensor_parallel_size,
+            one_pass=config.vllm_one_pass,
+            flags=config.vllm_flags,
+            observer=observer,
+            **options,
+        )
+    return load_engine(
+        config.model,
+        config.profiles,
+        device=config.device,
+        prefix_cache_bytes=config.prefix_cache_memory,
+        num_threads=config.num_threads,
+        compiled=config.compile,
+        live_profiles=config.access.admin_sha256 is not None,
+        observer=observer,
+        **options,
+    )
 
 
 def make_server(app: FastAPI, announce: Callable[[], None], *, lifespan: Literal["on", "off"] = "on") -> DrainingServer:
@@ -173,6 +197,12 @@ class DrainingServer(uvicorn.Server):
         self._service, self._announce = service, announce
         self._until_s = 0.0
         AppStatus.disable_automatic_graceful_drain()  # the library would cut streams at the first signal
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        await (
+            self._service.engine.start()
+        )  # before anything is promised; what it raises reaches whoever started the server
+        await super().serve(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

@@ -5,18 +5,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from server.engine.vllm.settings import PluginSettings
+from server.vllm_flags import PREFIX
 from steering.errors import ModelError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-PREFIX = "--vllm."
 MAX_LOGPROBS = 20
+CPU_KV_CACHE_BYTES = 4 * 2**30  # vLLM would take nearly all memory
 KNOWN_WORKERS = ("CPUWorker", "Worker")
 # vLLM's flags that this server sets, and what to use in their place.
 OURS = {
@@ -63,6 +65,7 @@ def vllm_config(model: str, options: VllmOptions, settings: PluginSettings) -> V
     """What vLLM is started with. Raises ModelError: a flag that it does not know, a value that it does not take, or something
     that steering cannot be had with."""
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
 
     given = _parse(options.flags)
     given.model = model
@@ -71,6 +74,8 @@ def vllm_config(model: str, options: VllmOptions, settings: PluginSettings) -> V
     given.max_num_seqs = options.max_num_seqs
     given.max_num_batched_tokens = options.max_batched_tokens
     given.kv_cache_memory_bytes = options.kv_cache_bytes
+    if options.kv_cache_bytes is None and current_platform.is_cpu() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        given.kv_cache_memory_bytes = CPU_KV_CACHE_BYTES
     given.enable_prefix_caching = options.prefix_cache
     given.dtype = options.dtype
     given.scheduling_policy = "priority"
