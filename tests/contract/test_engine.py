@@ -138,9 +138,10 @@ async def test_a_full_queue_refuses_at_once_though_a_step_is_long(harness):
 
 
 async def test_impossible_requests_are_refused_by_name(engine):
-    with pytest.raises(GenerationError, match="9") as refusal:
-        await collect(engine, request("n", n=9))
-    assert refusal.value.code == "n_too_large"
+    for refused in (collect(engine, request("n", n=9)), engine.score(request("n", n=9))):
+        with pytest.raises(GenerationError, match="9") as refusal:
+            await refused
+        assert refusal.value.code == "n_too_large"
     unknown = SteeringOptions((activation("nobody", 1.0),))
     for refused in (collect(engine, request("p", steering=unknown)), engine.score(request("p", steering=unknown))):
         with pytest.raises(GenerationError, match="nobody") as refusal:
@@ -168,25 +169,28 @@ async def test_a_lower_priority_number_overtakes_the_queue(harness):
         ended = []
 
         async def run(name, priority):
-            await collect(engine, request(name, priority=priority, max_tokens=40 if name == "running" else 6))
+            await collect(engine, request(name, priority=priority))
             ended.append(name)
 
-        tasks = [asyncio.create_task(run("running", 0))]
-        await until(lambda: engine.stats().num_running == 1)
-        tasks += [asyncio.create_task(run(*ask)) for ask in (("a", 0), ("late", 1), ("b", 0), ("urgent", -1))]
+        running = engine.generate(request("running", max_tokens=40))
+        await anext(running)
+        tasks = [asyncio.create_task(run(*ask)) for ask in (("a", 0), ("late", 1), ("b", 0), ("urgent", -1))]
         await until(lambda: engine.stats().num_waiting == 4)
+        assert len([e async for e in running]) == 39
         await asyncio.gather(*tasks)
-        assert ended == ["running", "urgent", "a", "b", "late"]
+        assert ended == ["urgent", "a", "b", "late"]
 
 
 async def test_leaving_in_mid_prefill_frees_everything(harness):
-    async with harness.running(max_model_len=512, max_batched_tokens=16) as engine:
+    async with harness.running(max_model_len=512, max_batched_tokens=16, num_blocks=18) as engine:
         wanted = await answer(engine, request("w", range(5, 100)))
         async with harness.slowed(engine):
-            leaving = asyncio.create_task(collect(engine, request("long", [7] * 480, n=2)))  # 30 steps of prefill
-            await until(lambda: engine.stats().num_running >= 1 and engine.stats().kv_cache_usage > 0)
+            leaving = asyncio.create_task(collect(engine, request("long", [7] * 480)))  # 30 steps of prefill
+            await until(lambda: engine.stats().num_running == 1 and engine.stats().kv_cache_usage > 0.1)
+            assert not leaving.done()
             leaving.cancel()
             assert (await until_idle(engine)).kv_cache_usage == 0
+        assert len(await answer(engine, request("all of the memory", [8] * 500, max_tokens=12))) == 12
         assert await answer(engine, request("w", range(5, 100))) == wanted
 
 
@@ -242,6 +246,7 @@ async def test_what_one_owner_asked_another_does_not_find(harness):
         for owner, found in (("bob", 0), ("", 0), ("alice", BLOCK_SIZE), ("bob", BLOCK_SIZE), ("", BLOCK_SIZE)):
             events = await collect(engine, request(f"of {owner}", prompt, owner=owner))
             assert (events[0].num_cached_tokens, tokens(events)) == (found, wanted), owner
+            assert found or events[0].decision.compute_ms > 0, "nor what was decided"
 
 
 async def test_stopping_ends_what_runs_and_takes_no_more(harness):

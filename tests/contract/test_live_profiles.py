@@ -9,7 +9,7 @@ import pytest
 from server.engine.base import GenerationError
 from steering.decision import SteeringOptions
 from steering.errors import ProfileError
-from tests.contract.asking import STEERED, activation, answer, collect, request, tokens, until
+from tests.contract.asking import STEERED, Observer, activation, answer, collect, request, tokens, until
 from tests.contract.harness import model, profile
 from tests.tiny import tiny_model, tiny_profile
 
@@ -25,10 +25,12 @@ def saved(tmp_path):
 
 async def test_a_profile_is_loaded_under_a_name(harness, saved):
     other, folder = saved
-    async with harness.running(live=True) as engine:
+    observer = Observer()
+    async with harness.running(live=True, observer=observer) as engine:
         before = engine.profiles
         plain = await answer(engine, request("p", max_tokens=20))
         manifest = await engine.load_profile("q", folder)
+        assert len(observer.decisions) == 1, "what an engine asks itself is no traffic"
         assert manifest.name == "q" and manifest.tensors_sha256 == other.manifest.tensors_sha256
         assert list(engine.profiles) == ["p", "q"] and engine.profiles["q"] == manifest
         assert list(before) == ["p"], "a change makes a new mapping"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+import torch
 
 from server.engine.base import GenerationError
 from steering.decision import SteeringOptions
@@ -86,32 +87,50 @@ async def test_several_profiles_act_together(harness):
         assert len(answers) == 3
 
 
-async def test_a_vector_that_is_not_finite_fails_its_request_alone(harness):
+def broken_at(prompt):
+    """A profile whose vector is beyond all numbers at one prompt, for one hidden unit sees nothing else."""
     broken = tiny_profile(model(), 1, name="broken", strength=3.0)
-    broken.experts.output_bias.fill_(3e38)
+    with torch.no_grad():
+        state = model()(torch.tensor([prompt]), output_hidden_states=True).hidden_states[2][0, -1]
+    experts = broken.experts
+    seen = (state - experts.input_mean) / experts.input_std
+    experts.hidden_weight[0] = seen
+    experts.hidden_bias[0] = -0.9 * seen @ seen
+    experts.output_weight[:, 0] = 3e38
+    return broken
+
+
+async def test_a_vector_that_is_not_finite_fails_its_request_alone(harness):
+    prompt = (40, 41, 42)
+    broken = broken_at(prompt)
     observer = Observer()
     async with harness.running([profile(), broken], observer=observer) as engine:
         wanted = await answer(engine, request("wanted", max_tokens=20))
         good = asyncio.create_task(answer(engine, request("good", max_tokens=20)))
         with pytest.raises(GenerationError, match="broken") as failure:
-            await collect(engine, request("bad", steering=SteeringOptions((activation("broken"),))))
+            await collect(engine, request("bad", prompt, steering=SteeringOptions((activation("broken"),))))
         assert failure.value.code == "steering_non_finite"
         assert (failure.value.decision.reason, failure.value.decision.applied) == ("non_finite", False)
         assert await good == wanted
-        watched = await collect(engine, request("watched", steering=SteeringOptions((activation("broken", 0.0),))))
+        watched = await collect(
+            engine, request("watched", prompt, steering=SteeringOptions((activation("broken", 0.0),)))
+        )
         assert watched[0].decision.reason == "non_finite" and len(watched) == 6
         assert [d.reason for d in observer.decisions].count("non_finite") == 2
-        scored = await engine.score(request("scored", steering=SteeringOptions((activation("broken"),))))
+        scored = await engine.score(request("scored", prompt, steering=SteeringOptions((activation("broken"),))))
         assert scored.reason == "non_finite"
+        other = await collect(engine, request("other", steering=SteeringOptions((activation("broken"),))))
+        assert other[0].decision.reason == "forced_open" and len(other) == 6
 
 
-async def test_a_dose_that_overflows_fails_its_request_alone_and_tells_what_was_decided(engine):
+@pytest.mark.parametrize("n", [1, 2])
+async def test_a_dose_that_overflows_fails_its_request_alone_and_tells_what_was_decided(engine, n):
     wanted = await answer(engine, request("wanted", max_tokens=20))
     good = asyncio.create_task(answer(engine, request("good", max_tokens=20)))
     with pytest.raises(GenerationError) as failure:
-        await collect(engine, request("bad", steering=SteeringOptions((activation(strength=3e38),))))
+        await collect(engine, request("bad", steering=SteeringOptions((activation(strength=3e38),)), n=n))
     assert failure.value.code == "non_finite_logits"
-    assert failure.value.decision.profiles[0].name == "p"
+    assert failure.value.decision.applied and failure.value.decision.profiles[0].name == "p"
     assert await good == wanted
     assert await answer(engine, request("after", max_tokens=20)) == wanted
 

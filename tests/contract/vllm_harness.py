@@ -57,22 +57,20 @@ class VllmHarness(Harness):
         core = self._cores[id(engine)]
 
         async def slow_down() -> None:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 while True:
                     os.kill(core, signal.SIGSTOP)
                     await asyncio.sleep(0.009)
                     os.kill(core, signal.SIGCONT)
                     await asyncio.sleep(0.001)
-            finally:
-                os.kill(core, signal.SIGCONT)
 
         task = asyncio.create_task(slow_down())
         try:
             yield
         finally:
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(core, signal.SIGCONT)
 
     @asynccontextmanager
     async def held(self, engine):

@@ -12,6 +12,7 @@ import asyncio
 import hashlib
 import itertools
 import json
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -51,14 +52,21 @@ from steering.manifest import ProfileManifest
 from steering.profile import SteeringProfile
 
 STOPPED = "the server is shutting down"
+COUNT_NANS = "VLLM_COMPUTE_NANS_IN_LOGITS"  # else vLLM answers with tokens that mean nothing
 
 
 @dataclass
 class _Begun:
-    """A request whose decision is made. `run`: the pass that stands, its first output held; None where none is under way."""
+    """A request whose decision is made.
+
+    Attributes:
+        run: the pass that stands, its first output held; None where none is under way.
+        queued_s: how long the passes that are over have waited for a row.
+    """
 
     decided: Decided
     run: Run | None
+    queued_s: float = 0.0
 
 
 class VllmEngine(Engine):
@@ -101,6 +109,7 @@ class VllmEngine(Engine):
         if options.dtype == "auto":  # vLLM would take float32 for bfloat16
             options = replace(options, dtype=self._checkpoint.dtype)
         config = vllm_config(str(self._checkpoint.folder), options, settings)
+        os.environ.setdefault(COUNT_NANS, "1")
         self._keeper = StatsKeeper()
         self._llm = AsyncLLM(
             config,
@@ -148,14 +157,11 @@ class VllmEngine(Engine):
         if self._started:
             return
         self._started = True
-        observer, self._observer = self._observer, None
         try:
-            await check_steering(self, list(self._profiles.values()))
+            await check_steering(self._generate, self.info, list(self._profiles.values()))
         except BaseException:
             await self.stop()
             raise
-        finally:
-            self._observer = observer
 
     async def stop(self) -> None:
         if self._failure is None:
@@ -165,29 +171,38 @@ class VllmEngine(Engine):
             self._llm.output_handler.cancel()  # it would take the processes' end for a failure
         await asyncio.to_thread(self._llm.shutdown)
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+    def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+        return self._generate(request, self._observer)
+
+    async def _generate(
+        self, request: GenerationRequest, observer: EngineObserver | None = None
+    ) -> AsyncIterator[TokenEvent]:
         request = self._admit(request)
         arrived_s = time.time()
         begun = await self._begin(request, arrived_s, keep=request.n == 1 or self._one_pass)
-        decision, run = begun.decided.decision, begun.run
+        decision, run, announced = begun.decided.decision, begun.run, False
         try:
-            if self._observer is not None:
-                self._observer.decided(decision)
+            if observer is not None:
+                observer.decided(decision)
             if (refusal := unsafe(request, decision)) is not None:
-                refusal.decision = decision
                 raise refusal
             if run is None:
                 run = await self._submit(
                     request, begun.decided.order, salt(request, begun.decided.additions), arrived_s
                 )
-            async for event in self._events(request, run, begun.decided):
+            async for event in self._events(request, run, begun):
+                announced = True
                 yield event
+        except GenerationError as error:
+            if not announced:
+                error.decision = decision
+            raise
         finally:
             if run is not None:
                 await run.abort()
 
     async def score(self, request: GenerationRequest) -> SteeringDecision:
-        request = self._admit(replace(request, n=1))
+        request = replace(self._admit(request), n=1)
         begun = await self._begin(request, time.time(), keep=False)
         return begun.decided.decision
 
@@ -212,7 +227,7 @@ class VllmEngine(Engine):
             known, retiring = key in self._profiles, self._served.keep(*key)
             try:
                 self._change({**self._profiles, key: profile})
-                await check_steering(self, [profile])
+                await check_steering(self._generate, self.info, [profile])
             except BaseException:
                 if retiring:
                     self._served.retire_later(*key)
@@ -261,21 +276,23 @@ class VllmEngine(Engine):
         passes = self._steering.passes(request)
         if passes.order is None:
             return _Begun(passes.decided(), None)
+        queued_s = 0.0
         while True:
             order = passes.order
             run = await self._submit(request, order, salt(request, order.add), arrived_s, probe=not keep)
             try:
-                _, report = await run.first()
+                output, report = await run.first()
                 stands = passes.read(report)
             except BaseException:
                 await run.abort()
                 raise
             if not stands or not keep:
+                queued_s += _queued_s(output)
                 await run.abort()
             if stands:
                 decided = passes.decided()
                 self._steering.remember(request, decided)
-                return _Begun(decided, run if keep else None)
+                return _Begun(decided, run if keep else None, queued_s)
 
     async def _decide_within(self, request: GenerationRequest, arrived_s: float, *, keep: bool) -> _Begun:
         """Have the workers decide amid the prompt's only pass. Its salt is the whole prompt's and the options': nothing of it is
@@ -316,27 +333,27 @@ class VllmEngine(Engine):
         name = f"{request.request_id}/{next(self._names)}"
         return await self._runs.submit(name, list(request.prompt_token_ids), params, salt, request.priority, arrived_s)
 
-    async def _events(self, request: GenerationRequest, run: Run, decided: Decided) -> AsyncIterator[TokenEvent]:
+    async def _events(self, request: GenerationRequest, run: Run, begun: _Begun) -> AsyncIterator[TokenEvent]:
         """A run's tokens, the first with what is said once. Raises GenerationError where one would come that is not steered as decided."""
-        sampling, announced, begun = request.sampling, False, set()
+        sampling, announced, seen = request.sampling, False, set()
         async for output in run:
             for completion in output.outputs:
-                if completion.index not in begun:
-                    begun.add(completion.index)
-                    self._check_steered(run, decided, len(begun))
+                if completion.index not in seen:
+                    seen.add(completion.index)
+                    self._check_steered(run, begun.decided, len(seen))
                 for event in events_of(completion, sampling.logprobs):
                     if not announced:
                         announced = True
                         event = replace(
                             event,
-                            decision=decided.decision,
+                            decision=begun.decided.decision,
                             prompt_logprobs=None
                             if sampling.prompt_logprobs is None
                             else prompt_logprobs_of(
                                 output.prompt_logprobs, request.prompt_token_ids, sampling.prompt_logprobs
                             ),
                             num_cached_tokens=output.num_cached_tokens or 0,
-                            queue_s=_queued_s(output),
+                            queue_s=begun.queued_s + _queued_s(output),
                         )
                     yield event
 

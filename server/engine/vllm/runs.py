@@ -14,7 +14,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
-from server.engine.base import EngineDeadError, EngineStoppedError, UnsupportedRequestError
+from server.engine.base import EngineDeadError, EngineStoppedError, GenerationError, UnsupportedRequestError
 from server.engine.vllm.orders import Report
 
 
@@ -54,7 +54,7 @@ class Run:
     async def _next(self) -> RequestOutput:
         try:
             output = self._queue.get_nowait() or await self._queue.get()
-        except EngineStoppedError:
+        except (EngineStoppedError, GenerationError):
             raise
         except Exception as error:
             raise self._runs.dead(error) from error
@@ -139,18 +139,28 @@ class Runs:
         return EngineDeadError(f"vLLM failed ({reason}); the process must be restarted")
 
     def _tap(self) -> None:
-        """Take reports off vLLM's outputs before it makes one of several, which keeps the last one's alone."""
+        """Take reports off vLLM's outputs before it makes one of several, which keeps the last one's alone; and end those whose
+        logits are no numbers."""
         processor = self._llm.output_processor
         process = processor.process_outputs
 
         def tapped(outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
+            failed = []
             for output in outputs:
                 report = Report.from_params(output.kv_transfer_params) if output.kv_transfer_params else None
+                if report is None and not output.num_nans_in_logits:
+                    continue
+                state = processor.request_states.get(output.request_id)
+                queue = None if state is None else state.queue
                 if report is not None:
                     output.kv_transfer_params = None
-                    state = processor.request_states.get(output.request_id)
-                    if state is not None and state.queue is not None:
-                        self._reports.setdefault(state.queue, []).append(report)
-            return process(outputs, *args, **kwargs)
+                    if queue is not None:
+                        self._reports.setdefault(queue, []).append(report)
+                if output.num_nans_in_logits and queue is not None:
+                    failed.append(queue)
+            processed = process(outputs, *args, **kwargs)
+            for queue in failed:
+                queue.put(GenerationError("the model produced NaN or infinite logits", "non_finite_logits"))
+            return processed
 
         processor.process_outputs = tapped  # type: ignore[method-assign] - this instance's alone

@@ -46,7 +46,7 @@ class Steering:
 
     def __init__(self, profiles: Sequence[SteeringProfile], hidden_size: int, dtype: torch.dtype) -> None:
         self._table = torch.zeros(1, hidden_size, dtype=dtype)
-        self._remembered: OrderedDict[tuple[bytes, SteeringOptions], Decided] = OrderedDict()
+        self._remembered: OrderedDict[tuple[str, bytes, SteeringOptions], Decided] = OrderedDict()
         self.set_profiles(profiles)
 
     def set_profiles(self, profiles: Iterable[SteeringProfile]) -> None:
@@ -59,7 +59,7 @@ class Steering:
         return Passes(self._sites, request)
 
     def recall(self, request: GenerationRequest) -> Decided | None:
-        """What was decided about the same prompt under the same options; it took no time now."""
+        """What was decided about the same owner's same prompt under the same options; it took no time now."""
         key = _key(request)
         found = self._remembered.get(key)
         if found is not None:
@@ -161,6 +161,6 @@ def unsafe(request: GenerationRequest, decision: SteeringDecision) -> Generation
     return None
 
 
-def _key(request: GenerationRequest) -> tuple[bytes, SteeringOptions]:
+def _key(request: GenerationRequest) -> tuple[str, bytes, SteeringOptions]:
     tokens = np.asarray(request.prompt_token_ids, np.int64).tobytes()
-    return hashlib.blake2b(tokens, digest_size=16).digest(), request.steering
+    return request.cache_owner, hashlib.blake2b(tokens, digest_size=16).digest(), request.steering

@@ -92,7 +92,7 @@ def register_operation() -> None:
     global _library
     if _library is not None:
         return
-    _library = torch.library.Library(LIBRARY, "DEF")
+    _library = torch.library.Library(LIBRARY, "FRAGMENT")
     _library.define("site(Tensor(a!) hidden, Tensor? residual, int layer) -> ()")
     _library.impl("site", _site, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{LIBRARY}::site", lambda hidden, residual, layer: None, lib=_library)
