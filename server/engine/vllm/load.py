@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from steering.profile import SteeringProfile, profile_folder
 if TYPE_CHECKING:
     from server.engine.vllm.engine import VllmEngine
 
-ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}  # unless the operator says otherwise
+ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}  # unless the operator says otherwise
 
 
 def load_engine(
@@ -32,6 +33,7 @@ def load_engine(
     check_version()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # in this process, where the log is ours
     folders = {name: str(profile_folder(reference)) for name, reference in profiles.items()}
     loaded = [SteeringProfile.load(folder, name) for name, folder in folders.items()]
     try:

@@ -81,6 +81,7 @@ def vllm_config(model: str, options: VllmOptions, settings: PluginSettings) -> V
     given.scheduling_policy = "priority"
     given.generation_config = "vllm"  # sampling is what the request says, not what the checkpoint's authors suggest
     given.max_logprobs = max(given.max_logprobs, MAX_LOGPROBS)
+    given.structured_outputs_config.backend = "guidance"  # what this server checks grammars with
     given.disable_log_stats = True  # this server has metrics of its own
     given.additional_config = {**given.additional_config, **settings.to_config()}
     if options.one_pass:

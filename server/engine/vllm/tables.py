@@ -1,6 +1,6 @@
 """What one worker adds to its model's states, and reads of them, in fixed memory: CUDA graphs and compiled code may keep it.
 
-The operation `finesteer::site` stands behind each site's layer. All it does is index and add, so it can be recorded and
+The operation `finesteer_vllm::site` stands behind each site's layer. All it does is index and add, so it can be recorded and
 replayed; which rows are meant is written into the tables before a step.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-LIBRARY = "finesteer"
+LIBRARY = "finesteer_vllm"
 _library: torch.library.Library | None = None
 _tables: dict[int, SiteTable] = {}  # of this process's model, by layer
 
@@ -88,7 +88,7 @@ class SiteTable:
 
 
 def register_operation() -> None:
-    """Make `torch.ops.finesteer.site` known, once a process."""
+    """Make `torch.ops.finesteer_vllm.site` known, once a process."""
     global _library
     if _library is not None:
         return
@@ -118,7 +118,7 @@ def install(layers: nn.ModuleList, tables: dict[int, SiteTable]) -> None:
 def _hook(layer: int):
     def hook(module: nn.Module, args: object, output: object) -> object:
         hidden, residual = output if isinstance(output, tuple) else (output, None)
-        torch.ops.finesteer.site(hidden, residual, layer)
+        torch.ops.finesteer_vllm.site(hidden, residual, layer)
         return output
 
     return hook
