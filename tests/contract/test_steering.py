@@ -123,16 +123,20 @@ async def test_a_vector_that_is_not_finite_fails_its_request_alone(harness):
         assert other[0].decision.reason == "forced_open" and len(other) == 6
 
 
-@pytest.mark.parametrize("n", [1, 2])
-async def test_a_dose_that_overflows_fails_its_request_alone_and_tells_what_was_decided(engine, n):
-    wanted = await answer(engine, request("wanted", max_tokens=20))
-    good = asyncio.create_task(answer(engine, request("good", max_tokens=20)))
-    with pytest.raises(GenerationError) as failure:
-        await collect(engine, request("bad", steering=SteeringOptions((activation(strength=3e38),)), n=n))
-    assert failure.value.code == "non_finite_logits"
-    assert failure.value.decision.applied and failure.value.decision.profiles[0].name == "p"
-    assert await good == wanted
-    assert await answer(engine, request("after", max_tokens=20)) == wanted
+async def test_a_dose_that_overflows_fails_its_request_alone_and_tells_what_was_decided(harness):
+    observer = Observer()
+    overflowing = SteeringOptions((activation(strength=3e38),))
+    async with harness.running(observer=observer) as engine:
+        wanted = await answer(engine, request("wanted", max_tokens=20))
+        for n in (1, 2):
+            good = asyncio.create_task(answer(engine, request("good", max_tokens=20)))
+            with pytest.raises(GenerationError) as failure:
+                await collect(engine, request("bad", steering=overflowing, n=n))
+            assert failure.value.code == "non_finite_logits"
+            assert failure.value.decision.applied and failure.value.decision.profiles[0].strength == 3e38
+            assert await good == wanted
+            assert sorted(d.profiles[0].strength for d in observer.decisions) == [3.0] * (n + 1) + [3e38] * n
+        assert await answer(engine, request("after", max_tokens=20)) == wanted
 
 
 async def test_the_observer_is_told_what_the_first_event_says(harness):

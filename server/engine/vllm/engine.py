@@ -9,12 +9,13 @@ of its tokens, however vLLM cuts, caches, preempts or spreads it. What a vector 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import itertools
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -158,7 +159,7 @@ class VllmEngine(Engine):
             return
         self._started = True
         try:
-            await check_steering(self._generate, self.info, list(self._profiles.values()))
+            await check_steering(self._answer, self.info, list(self._profiles.values()))
         except BaseException:
             await self.stop()
             raise
@@ -171,15 +172,22 @@ class VllmEngine(Engine):
             self._llm.output_handler.cancel()  # it would take the processes' end for a failure
         await asyncio.to_thread(self._llm.shutdown)
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
-        return self._generate(request, self._observer)
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+        async with contextlib.aclosing(self._answer(self._admit(request), self._observer)) as events:
+            async for event in events:
+                yield event
 
-    async def _generate(
+    async def _answer(
         self, request: GenerationRequest, observer: EngineObserver | None = None
-    ) -> AsyncIterator[TokenEvent]:
-        request = self._admit(request)
+    ) -> AsyncGenerator[TokenEvent]:
+        """As `generate`, of a request that is admitted."""
         arrived_s = time.time()
-        begun = await self._begin(request, arrived_s, keep=request.n == 1 or self._one_pass)
+        try:
+            begun = await self._begin(request, arrived_s, keep=request.n == 1 or self._one_pass)
+        except GenerationError as error:
+            if observer is not None and error.decision is not None:
+                observer.decided(error.decision)
+            raise
         decision, run, announced = begun.decided.decision, begun.run, False
         try:
             if observer is not None:
@@ -227,7 +235,7 @@ class VllmEngine(Engine):
             known, retiring = key in self._profiles, self._served.keep(*key)
             try:
                 self._change({**self._profiles, key: profile})
-                await check_steering(self._generate, self.info, [profile])
+                await check_steering(self._answer, self.info, [profile])
             except BaseException:
                 if retiring:
                     self._served.retire_later(*key)
@@ -283,7 +291,9 @@ class VllmEngine(Engine):
             try:
                 output, report = await run.first()
                 stands = passes.read(report)
-            except BaseException:
+            except BaseException as error:
+                if isinstance(error, GenerationError) and passes.made:
+                    error.decision = passes.decided().decision
                 await run.abort()
                 raise
             if not stands or not keep:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 NUM_TOKENS = 5
 NUM_LOGPROBS = 5
+BEFORE_ALL = -(2**31)  # a profile that is loaded amid traffic need not wait for the queue
 
 
 Generate = Callable[[GenerationRequest], "AsyncIterator[TokenEvent]"]
@@ -56,6 +57,6 @@ async def _tokens(generate: Generate, info: EngineInfo, *activations: ProfileAct
     """Tokens and log-probabilities of a short greedy run."""
     prompt = tuple(i % info.vocab_size for i in range(1, min(NUM_TOKENS, info.max_model_len - 2) + 1))
     sampling = SamplingOptions(max_tokens=2, temperature=0.0, logprobs=NUM_LOGPROBS)
-    request = GenerationRequest("selftest", prompt, sampling, SteeringOptions(activations))
+    request = GenerationRequest("selftest", prompt, sampling, SteeringOptions(activations), priority=BEFORE_ALL)
     events: list[TokenEvent] = [event async for event in generate(request)]
     return [(event.token_id, event.logprobs) for event in events]

@@ -113,8 +113,13 @@ class Passes:
             self._readings[site.layer] = self._reading(site, report)
         return True
 
+    @property
+    def made(self) -> bool:
+        """Whether nothing that is yet to be read changes the decision."""
+        return len(self._readings) == len(self._sites)
+
     def decided(self) -> Decided:
-        """Once a pass stands."""
+        """Once a pass stands, or the decision is made."""
         readings = [self._readings[site.layer] for site in self._sites]
         profiles = tuple(profile for reading in readings for profile in reading.profiles)
         compute_ms = sum(reading.compute_ms for reading in readings)
