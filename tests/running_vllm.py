@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from server.engine.base import Engine, EngineObserver
+from server.engine.vllm.load import ENVIRONMENT
 from steering.profile import SteeringProfile
 from tests.tiny import save_tiny_checkpoint, tiny_model
 
@@ -29,12 +30,6 @@ OPTIONS = {
     "dtype": "float32",
     "flags": ("--enforce-eager", f"--block-size={BLOCK_SIZE}"),
 }
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "HF_HUB_OFFLINE": "1",
-}
 
 
 @functools.cache
@@ -43,7 +38,7 @@ def prepare() -> None:
 
     On a CPU vLLM itself always spawns them, for the sake of OpenMP's threads; with one thread there is nothing to lose.
     """
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(ENVIRONMENT | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would overrule `kv_cache_bytes`
     torch.set_num_threads(1)
 

@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -46,14 +45,13 @@ from server.engine.vllm.runs import Run, Runs
 from server.engine.vllm.selftest import check_steering
 from server.engine.vllm.settings import PluginSettings
 from server.engine.vllm.stats import StatsKeeper
-from server.engine.vllm.steering import Decided, Steering, check_report, salt, unsafe
+from server.engine.vllm.steering import Decided, Steering, check_report, salt, steering_lost, unsafe
 from steering.decision import SteeringDecision, combine
 from steering.errors import ProfileError
 from steering.manifest import ProfileManifest
 from steering.profile import SteeringProfile
 
 STOPPED = "the server is shutting down"
-COUNT_NANS = "VLLM_COMPUTE_NANS_IN_LOGITS"  # else vLLM answers with tokens that mean nothing
 
 
 @dataclass
@@ -110,7 +108,6 @@ class VllmEngine(Engine):
         if options.dtype == "auto":  # vLLM would take float32 for bfloat16
             options = replace(options, dtype=self._checkpoint.dtype)
         config = vllm_config(str(self._checkpoint.folder), options, settings)
-        os.environ.setdefault(COUNT_NANS, "1")
         self._keeper = StatsKeeper()
         self._llm = AsyncLLM(
             config,
@@ -233,14 +230,15 @@ class VllmEngine(Engine):
                 )
             key = name, profile.version
             known, retiring = key in self._profiles, self._served.keep(*key)
+            self._change({**self._profiles, key: profile})
+            self._served.allow(*key)
             try:
-                self._change({**self._profiles, key: profile})
                 await check_steering(self._answer, self.info, [profile])
             except BaseException:
                 if retiring:
                     self._served.retire_later(*key)
                 elif not known:
-                    self._retire(*key)
+                    self._served.drop(*key)
                 raise
             self._served.put(name, profile.manifest)
             return profile.manifest
@@ -313,10 +311,10 @@ class VllmEngine(Engine):
         try:
             _, report = await run.first()
             if report is None or report.decided is None:
-                check_report(None, ())
+                raise steering_lost(report, self._layers)
             decision = combine(request.steering, *report.decided)
             if decision.applied != bool(report.added):
-                check_report(None, ())
+                raise steering_lost(report, self._layers if decision.applied else ())
         except BaseException:
             await run.abort()
             raise
@@ -369,10 +367,14 @@ class VllmEngine(Engine):
 
     def _check_steered(self, run: Run, decided: Decided, num_begun: int) -> None:
         """The `num_begun`-th completion has begun: its workers must have said that they add what was decided."""
-        if not decided.additions:
+        if not decided.decision.applied:
             return
         reports = run.reports
-        check_report(reports[num_begun - 1] if len(reports) >= num_begun else None, decided.additions)
+        report = reports[num_begun - 1] if len(reports) >= num_begun else None
+        if not self._one_pass:
+            check_report(report, decided.additions)
+        elif report is None or not report.added:
+            raise steering_lost(report, self._layers)
 
 
 def _queued_s(output: object) -> float:

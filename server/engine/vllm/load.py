@@ -15,7 +15,11 @@ from steering.profile import SteeringProfile, profile_folder
 if TYPE_CHECKING:
     from server.engine.vllm.engine import VllmEngine
 
-ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}  # unless the operator says otherwise
+ENVIRONMENT = {  # unless the operator says otherwise
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_COMPUTE_NANS_IN_LOGITS": "1",  # so that an answer made of them is refused
+}
 
 
 def load_engine(

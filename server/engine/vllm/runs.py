@@ -139,28 +139,23 @@ class Runs:
         return EngineDeadError(f"vLLM failed ({reason}); the process must be restarted")
 
     def _tap(self) -> None:
-        """Take reports off vLLM's outputs before it makes one of several, which keeps the last one's alone; and end those whose
-        logits are no numbers."""
+        """Take reports off vLLM's outputs before it makes one of several, which keeps the last one's alone."""
         processor = self._llm.output_processor
         process = processor.process_outputs
 
         def tapped(outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
-            failed = []
             for output in outputs:
-                report = Report.from_params(output.kv_transfer_params) if output.kv_transfer_params else None
-                if report is None and not output.num_nans_in_logits:
+                if not output.kv_transfer_params and not output.num_nans_in_logits:
                     continue
                 state = processor.request_states.get(output.request_id)
-                queue = None if state is None else state.queue
+                if state is None or state.queue is None:
+                    continue
+                report = Report.from_params(output.kv_transfer_params)
                 if report is not None:
                     output.kv_transfer_params = None
-                    if queue is not None:
-                        self._reports.setdefault(queue, []).append(report)
-                if output.num_nans_in_logits and queue is not None:
-                    failed.append(queue)
-            processed = process(outputs, *args, **kwargs)
-            for queue in failed:
-                queue.put(GenerationError("the model produced NaN or infinite logits", "non_finite_logits"))
-            return processed
+                    self._reports.setdefault(state.queue, []).append(report)
+                if output.num_nans_in_logits:
+                    state.queue.put(GenerationError("the model produced NaN logits", "non_finite_logits"))
+            return process(outputs, *args, **kwargs)
 
         processor.process_outputs = tapped  # type: ignore[method-assign] - this instance's alone

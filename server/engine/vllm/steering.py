@@ -138,11 +138,16 @@ def check_report(report: Report | None, additions: Sequence[Addition]) -> None:
     """Fail closed: raise GenerationError unless the workers say that they add what they were told to."""
     wanted = [addition.layer for addition in additions]
     if report is None or sorted(report.added) != wanted:
-        told = "nothing" if report is None else f"layers {list(report.added)}"
-        raise GenerationError(
-            f"vLLM's workers were to steer at layers {wanted} and report {told}; the request was not answered unsteered",
-            "steering_lost",
-        )
+        raise steering_lost(report, wanted)
+
+
+def steering_lost(report: Report | None, wanted: Sequence[int]) -> GenerationError:
+    """For an answer that would not be steered at the layers `wanted`, as it should be."""
+    told = "nothing" if report is None else f"layers {list(report.added)}"
+    return GenerationError(
+        f"vLLM's workers were to steer at layers {list(wanted)} and report {told}; the request was not answered",
+        "steering_lost",
+    )
 
 
 def salt(request: GenerationRequest, additions: Sequence[Addition]) -> str | None:
