@@ -7,6 +7,8 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from server.engine.base import EngineObserver
 from server.engine.vllm.versions import check_version
 from steering.errors import ModelError
@@ -38,6 +40,7 @@ def load_engine(
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # in this process, where the log is ours
+    torch.set_num_threads(1)  # gates are small, and the model runs in other processes
     folders = {name: str(profile_folder(reference)) for name, reference in profiles.items()}
     loaded = [SteeringProfile.load(folder, name) for name, folder in folders.items()]
     try:

@@ -154,6 +154,8 @@ def refuse_unsupported(config: VllmConfig, options: VllmOptions) -> None:
         scheduler = config.scheduler_config
         if scheduler.enable_chunked_prefill:
             raise ModelError("--vllm-one-pass: prompts must not be cut; leave --vllm.enable-chunked-prefill out.")
+        if scheduler.long_prefill_token_threshold or scheduler.long_prefill_token_threshold_adaptive:
+            raise ModelError("--vllm-one-pass: prompts must not be cut; leave --vllm.long-prefill-token-threshold out.")
         if config.device_config.device_type != "cpu" and not config.model_config.enforce_eager:
             raise ModelError(
                 "--vllm-one-pass: workers decide amid the pass, which a recorded graph cannot; add --vllm.enforce-eager, or leave "

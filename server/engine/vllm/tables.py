@@ -66,6 +66,12 @@ class SiteTable:
         if self.adds or decide is not None or not self._skips:
             self.row_of_token[: len(rows)].copy_(torch.from_numpy(rows))
 
+    def clear(self) -> None:
+        """Add nothing and read nothing, however many tokens the steps from now on have."""
+        self.adds, self.decide, self.num_queries = False, None, 0
+        if not self._skips:
+            self.row_of_token.zero_()
+
     def write_queries(self, rows: Sequence[int]) -> None:
         """Which tokens to read."""
         self.num_queries = len(rows)
