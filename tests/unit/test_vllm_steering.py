@@ -198,7 +198,7 @@ def test_every_kind_of_profile(kind):
 @pytest.mark.parametrize("report", [None, Report({}, ()), Report({}, (2,)), Report({}, (1, 2))], ids=str)
 def test_a_report_that_does_not_say_what_was_ordered_ends_the_request(report):
     passes = steering_of("same1").passes(asked(forced("same1")))
-    with pytest.raises(GenerationError, match="not answered unsteered") as failure:
+    with pytest.raises(GenerationError, match="not answered") as failure:
         passes.read(report)
     assert failure.value.code == "steering_lost"
 
@@ -243,10 +243,11 @@ def test_what_was_decided_is_recalled_for_the_same_question_alone():
     decided, _ = decide(steering, request)
     assert steering.recall(request) is None
     steering.remember(request, decided)
-    found = steering.recall(replace(request, request_id="another", cache_owner="another"))
+    found = steering.recall(replace(request, request_id="another", n=3))
     assert found.additions == decided.additions and found.order == Order(add=decided.additions)
     assert found.decision == replace(decided.decision, compute_ms=0.0)
     for other in (
+        asked(forced("own1"), owner="another"),
         asked(forced("own1"), prompt=PROMPT[:-1]),
         asked(forced("own1"), prompt=(*PROMPT[:-1], 11)),
         asked(forced("own1", strength=2.0)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest_asyncio
 import torch
 
 from server.engine.base import GenerationError, GenerationRequest
+from server.engine.vllm.model import ProfileDecider
 from steering.decision import ProfileActivation, SteeringOptions
 from steering.profile import SteeringProfile
 from tests.parity.oracle import gate_and_vector
@@ -126,6 +128,30 @@ async def test_log_probabilities_of_prompts_are_the_steered_models(engine, promp
         assert_exact(found, requests)
         for r in requests:
             check_prompt_logprobs(found[r.request_id], r)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["the first is", "the first is not"])
+async def test_completions_of_one_prompt_that_are_not_steered_alike_end_the_request(prompts, monkeypatch, first):
+    """Each is decided by itself: where a gate is all but shut, rounding may tell them apart."""
+    read = ProfileDecider.read
+    asked = itertools.count()
+
+    def every_second(self, layer, states, options):
+        found = read(self, layer, states, options)
+        shut = read(self, layer, states, [_shut(o) for o in options])
+        marked = [options[i].activations[0].strength == 2.5 for i in range(len(found))]
+        return [s if m and next(asked) % 2 == first else f for f, s, m in zip(found, shut, marked, strict=True)]
+
+    def _shut(options):
+        return replace(options, activations=tuple(replace(a, gate="closed") for a in options.activations))
+
+    monkeypatch.setattr(ProfileDecider, "read", every_second)
+    async with running("own", one_pass=True) as engine:
+        with pytest.raises(GenerationError) as failure:
+            await answers(engine, [request("r", prompts(50, 1), replace(OWN, strength=2.5), n=3)])
+        assert failure.value.code == "steering_lost"
+        requests = [request("alike", prompts(50, 2), OWN, n=3)]
+        assert_exact(await answers(engine, requests), requests)
 
 
 def brittle_profile() -> SteeringProfile:

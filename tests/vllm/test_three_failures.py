@@ -82,7 +82,7 @@ async def test_in_one_pass_no_prompt_is_cut__can_fail(prompts, monkeypatch):
     with pytest.raises(ModelError, match="must not be cut"):
         await check()
     monkeypatch.setattr("server.engine.vllm.options.refuse_unsupported", lambda config, options: None)
-    with pytest.raises(GenerationError, match="not answered unsteered"):
+    with pytest.raises(GenerationError, match="not answered"):
         await check()
     monkeypatch.setattr("server.engine.vllm.worker._Request.cut", property(lambda _: False, lambda _, value: None))
     with pytest.raises(AssertionError, match=WRONG):
