@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from server.engine.vllm.orders import Addition
-from server.engine.vllm.process import leave_terminal
+from server.engine.vllm.process import follow_parent
 from server.engine.vllm.settings import PluginSettings
 from server.engine.vllm.tables import SiteTable, install
 from server.engine.vllm.worker import WorkerSteering
@@ -25,7 +25,7 @@ def steer(model: nn.Module, vllm_config: Any, device: torch.device, *, reports: 
     settings = PluginSettings.from_config(vllm_config.additional_config)
     if settings is None:
         return None
-    leave_terminal()
+    follow_parent()
     scheduler, model_config = vllm_config.scheduler_config, vllm_config.model_config
     size, dtype = model_config.get_hidden_size(), model_config.dtype
     tables = {

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
+import signal
+import sys
+
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
-def leave_terminal() -> None:
-    """Have this process of vLLM's not get the terminal's Ctrl-C, which is for the server: it drains, and then ends vLLM."""
-    if multiprocessing.parent_process() is not None and os.getpid() != os.getpgrp():
+def follow_parent() -> None:
+    """Have this process of vLLM's end when the one that started it does, however that ends, and not before: the terminal's
+    Ctrl-C is for the server, which drains, and then ends vLLM. On Linux."""
+    parent = multiprocessing.parent_process()
+    if parent is None or not sys.platform.startswith("linux"):
+        return
+    if os.getpid() != os.getpgrp():
         os.setpgid(0, 0)
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent.pid:  # it ended a moment ago
+        os.kill(os.getpid(), signal.SIGTERM)

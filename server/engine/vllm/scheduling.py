@@ -8,7 +8,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from server.engine.vllm.orders import KEY, Report
-from server.engine.vllm.process import leave_terminal
+from server.engine.vllm.process import follow_parent
 
 
 class _Reporting:
@@ -19,7 +19,7 @@ class _Reporting:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._reports = {}
-        leave_terminal()
+        follow_parent()
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
