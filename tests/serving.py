@@ -175,9 +175,9 @@ def sample(metrics_text: str, name: str, **labels: str) -> float:
 
 
 @contextlib.contextmanager
-def process(*arguments: str, log: Path, **environment: str) -> Iterator[str]:
+def process(*arguments: str, log: Path, patience_s: float = 120, **environment: str) -> Iterator[str]:
     """`finesteer serve` with these arguments on a free port; yields its address, and ends it by SIGTERM."""
-    with launched(*arguments, log=log, **environment) as (server, address):
+    with launched(*arguments, log=log, patience_s=patience_s, **environment) as (server, address):
         try:
             yield address
         finally:
@@ -188,7 +188,7 @@ def process(*arguments: str, log: Path, **environment: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def launched(
-    *arguments: str, log: Path, port: int = 0, **environment: str
+    *arguments: str, log: Path, port: int = 0, patience_s: float = 120, **environment: str
 ) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """The same, for whoever ends it in another way: the process, and its address. Killed at the end, if it is still there."""
     command = [sys.executable, "-m", "server", "serve", "--port", str(port), *arguments]
@@ -200,14 +200,15 @@ def launched(
             env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"} | environment,
         )
         try:
-            yield server, _address(server, log)
+            yield server, address_once_up(server, log, patience_s)
         finally:
             server.kill()
             server.wait()
 
 
-def _address(server: subprocess.Popen, log: Path) -> str:
-    deadline = time.monotonic() + 120
+def address_once_up(server: subprocess.Popen, log: Path, patience_s: float = 120) -> str:
+    """Where a server that was just launched listens, as its log says, once it is ready. AssertionError where that does not come."""
+    deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline and server.poll() is None:
         found = re.search(r"(http://127\.0\.0\.1:\d+)/v1", log.read_text())
         if found:

@@ -37,7 +37,7 @@ class GrammarState(Protocol):
 
 @dataclass(frozen=True)
 class GrammarSource:
-    """What a grammar was made of: a JSON schema's text, or llguidance's dialect of Lark."""
+    """What a grammar was made of, a JSON schema's text or llguidance's dialect of Lark, with no white space in its JSON."""
 
     kind: Literal["json", "grammar"]
     text: str

@@ -44,10 +44,19 @@ class ServedProfiles:
             activations.append(replace(activation, version=version))
         return replace(steering, activations=tuple(activations))
 
+    def allow(self, name: str, version: str) -> None:
+        """Let requests that name it begin with it."""
+        self._versions.add((name, version))
+
+    def drop(self, name: str, version: str) -> None:
+        """Have no request begin with it from now on, and retire it."""
+        self._versions.discard((name, version))
+        self._retire(name, version)
+
     def put(self, name: str, manifest: ProfileManifest) -> None:
         """Have requests find it under `name`; one that was there before is retired later."""
         before = self.manifests.get(name)
-        self._versions.add((name, manifest.version))
+        self.allow(name, manifest.version)
         self.manifests = {**self.manifests, name: manifest}
         if before is not None and before.version != manifest.version:
             self.retire_later(name, before.version)
@@ -72,5 +81,4 @@ class ServedProfiles:
 
     def _retire_now(self, name: str, version: str) -> None:
         del self._retiring[name, version]
-        self._versions.discard((name, version))
-        self._retire(name, version)
+        self.drop(name, version)

@@ -14,7 +14,7 @@ from server.conversation import TextFormat
 from server.engine.base import Grammar, GrammarSource
 from server.errors import InvalidRequestError
 from server.grammar.matcher import CompiledGrammar
-from server.grammar.schema import SchemaError, schema_texts
+from server.grammar.schema import SchemaError, schema_texts, without_white_space
 from server.grammar.vocabulary import build_tokenizer, markers_among
 from server.prompting.vocabulary import Vocabulary
 
@@ -83,7 +83,7 @@ class GrammarCompiler:
         Raises InvalidRequestError: code `invalid_grammar`.
         """
         try:
-            source = None if self._marker_texts else GrammarSource("grammar", text)
+            source = None if self._marker_texts else GrammarSource("grammar", without_white_space(text))
             return await self._compile(LLMatcher.grammar_from_lark(text), self._marker_texts, source)
         except SchemaError as error:
             raise _refusal(what, param, error, "invalid_grammar") from error
@@ -113,7 +113,9 @@ class GrammarCompiler:
             raise _refusal(what, param, error, "invalid_json_schema") from error
 
     async def _schema(self, text: str) -> CompiledGrammar:
-        return await self._compile(LLMatcher.grammar_from_json_schema(text), (), GrammarSource("json", text))
+        return await self._compile(
+            LLMatcher.grammar_from_json_schema(text), (), GrammarSource("json", without_white_space(text))
+        )
 
     async def _compile(self, grammar: str, markers: tuple[str, ...], source: GrammarSource | None) -> CompiledGrammar:
         """From memory, or in a thread. A thread that takes too long is left to end, and its grammar to be found."""

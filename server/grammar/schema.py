@@ -57,6 +57,16 @@ def schema_texts(schema: Mapping[str, Any] | bool, *, strict: bool) -> list[str]
     return [json.dumps(_cleaned(schema, {"x-guidance"} | drop) | {"x-guidance": options}) for drop in dropped]
 
 
+def without_white_space(text: str) -> str:
+    """A text of `schema_texts`, or a Lark grammar around some, for releases of the grammar engine that cannot bound white space
+    (vLLM's): they allow none."""
+    return text.replace(_option("whitespace_pattern", WHITESPACE), _option("whitespace_flexible", False))
+
+
+def _option(name: str, value: object) -> str:
+    return json.dumps({name: value})[1:-1]
+
+
 def _check_bounds(schema: Mapping[str, Any]) -> None:
     num_properties, multiple = 0, 1
     for node in _objects(schema):

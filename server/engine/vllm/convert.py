@@ -45,10 +45,7 @@ def sampling_params(sampling: SamplingOptions, order: Order | None, n: int, max_
     return SamplingParams(
         n=n,
         max_tokens=max_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
+        **_choice(sampling, n),
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
         repetition_penalty=sampling.repetition_penalty,
@@ -65,6 +62,18 @@ def sampling_params(sampling: SamplingOptions, order: Order | None, n: int, max_
         extra_args=None if order is None else order.to_args(),
         skip_clone=True,
     )
+
+
+def _choice(sampling: SamplingOptions, n: int) -> dict[str, float]:
+    """How tokens are drawn. vLLM refuses several greedy completions: theirs are drawn from the likeliest token alone."""
+    if sampling.temperature == 0 and n > 1:
+        return {"temperature": 1.0, "top_k": 1}
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+    }
 
 
 def events_of(output: CompletionOutput, num_top: int | None) -> Iterator[TokenEvent]:

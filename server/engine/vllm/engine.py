@@ -9,11 +9,12 @@ of its tokens, however vLLM cuts, caches, preempts or spreads it. What a vector 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import itertools
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -44,7 +45,7 @@ from server.engine.vllm.runs import Run, Runs
 from server.engine.vllm.selftest import check_steering
 from server.engine.vllm.settings import PluginSettings
 from server.engine.vllm.stats import StatsKeeper
-from server.engine.vllm.steering import Decided, Steering, check_report, salt, unsafe
+from server.engine.vllm.steering import Decided, Steering, check_report, salt, steering_lost, unsafe
 from steering.decision import SteeringDecision, combine
 from steering.errors import ProfileError
 from steering.manifest import ProfileManifest
@@ -55,10 +56,16 @@ STOPPED = "the server is shutting down"
 
 @dataclass
 class _Begun:
-    """A request whose decision is made. `run`: the pass that stands, its first output held; None where none is under way."""
+    """A request whose decision is made.
+
+    Attributes:
+        run: the pass that stands, its first output held; None where none is under way.
+        queued_s: how long the passes that are over have waited for a row.
+    """
 
     decided: Decided
     run: Run | None
+    queued_s: float = 0.0
 
 
 class VllmEngine(Engine):
@@ -148,14 +155,11 @@ class VllmEngine(Engine):
         if self._started:
             return
         self._started = True
-        observer, self._observer = self._observer, None
         try:
-            await check_steering(self, list(self._profiles.values()))
+            await check_steering(self._answer, self.info, list(self._profiles.values()))
         except BaseException:
             await self.stop()
             raise
-        finally:
-            self._observer = observer
 
     async def stop(self) -> None:
         if self._failure is None:
@@ -166,29 +170,50 @@ class VllmEngine(Engine):
         await asyncio.to_thread(self._llm.shutdown)
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
-        request = self._admit(request)
+        async with contextlib.aclosing(self._answer(self._admit(request), self._observer)) as events:
+            async for event in events:
+                yield event
+
+    async def _answer(
+        self, request: GenerationRequest, observer: EngineObserver | None = None
+    ) -> AsyncGenerator[TokenEvent]:
+        """As `generate`, of a request that is admitted."""
         arrived_s = time.time()
-        begun = await self._begin(request, arrived_s, keep=request.n == 1 or self._one_pass)
-        decision, run = begun.decided.decision, begun.run
         try:
-            if self._observer is not None:
-                self._observer.decided(decision)
+            begun = await self._begin(request, arrived_s, keep=request.n == 1 or self._one_pass)
+        except GenerationError as error:
+            if observer is not None and error.decision is not None:
+                observer.decided(error.decision)
+            raise
+        decision, run, announced = begun.decided.decision, begun.run, False
+        try:
+            if observer is not None:
+                observer.decided(decision)
             if (refusal := unsafe(request, decision)) is not None:
-                refusal.decision = decision
                 raise refusal
             if run is None:
                 run = await self._submit(
                     request, begun.decided.order, salt(request, begun.decided.additions), arrived_s
                 )
-            async for event in self._events(request, run, begun.decided):
+            async for event in self._events(request, run, begun):
+                announced = True
                 yield event
+        except GenerationError as error:
+            if not announced:
+                error.decision = decision
+            raise
         finally:
             if run is not None:
                 await run.abort()
 
     async def score(self, request: GenerationRequest) -> SteeringDecision:
-        request = self._admit(replace(request, n=1))
-        begun = await self._begin(request, time.time(), keep=False)
+        request = replace(self._admit(request), n=1)
+        try:
+            begun = await self._begin(request, time.time(), keep=False)
+        except GenerationError as error:
+            if error.decision is None:
+                raise
+            return error.decision
         return begun.decided.decision
 
     async def load_profile(
@@ -210,14 +235,15 @@ class VllmEngine(Engine):
                 )
             key = name, profile.version
             known, retiring = key in self._profiles, self._served.keep(*key)
+            self._change({**self._profiles, key: profile})
+            self._served.allow(*key)
             try:
-                self._change({**self._profiles, key: profile})
-                await check_steering(self, [profile])
+                await check_steering(self._answer, self.info, [profile])
             except BaseException:
                 if retiring:
                     self._served.retire_later(*key)
                 elif not known:
-                    self._retire(*key)
+                    self._served.drop(*key)
                 raise
             self._served.put(name, profile.manifest)
             return profile.manifest
@@ -261,21 +287,25 @@ class VllmEngine(Engine):
         passes = self._steering.passes(request)
         if passes.order is None:
             return _Begun(passes.decided(), None)
+        queued_s = 0.0
         while True:
             order = passes.order
             run = await self._submit(request, order, salt(request, order.add), arrived_s, probe=not keep)
             try:
-                _, report = await run.first()
+                output, report = await run.first()
                 stands = passes.read(report)
-            except BaseException:
+            except BaseException as error:
+                if isinstance(error, GenerationError) and error.decision is None and passes.made:
+                    error.decision = passes.decided().decision
                 await run.abort()
                 raise
             if not stands or not keep:
+                queued_s += _queued_s(output)
                 await run.abort()
             if stands:
                 decided = passes.decided()
                 self._steering.remember(request, decided)
-                return _Begun(decided, run if keep else None)
+                return _Begun(decided, run if keep else None, queued_s)
 
     async def _decide_within(self, request: GenerationRequest, arrived_s: float, *, keep: bool) -> _Begun:
         """Have the workers decide amid the prompt's only pass. Its salt is the whole prompt's and the options': nothing of it is
@@ -286,10 +316,10 @@ class VllmEngine(Engine):
         try:
             _, report = await run.first()
             if report is None or report.decided is None:
-                check_report(None, ())
+                raise steering_lost(report, self._layers)
             decision = combine(request.steering, *report.decided)
             if decision.applied != bool(report.added):
-                check_report(None, ())
+                raise steering_lost(report, self._layers if decision.applied else ())
         except BaseException:
             await run.abort()
             raise
@@ -316,36 +346,39 @@ class VllmEngine(Engine):
         name = f"{request.request_id}/{next(self._names)}"
         return await self._runs.submit(name, list(request.prompt_token_ids), params, salt, request.priority, arrived_s)
 
-    async def _events(self, request: GenerationRequest, run: Run, decided: Decided) -> AsyncIterator[TokenEvent]:
+    async def _events(self, request: GenerationRequest, run: Run, begun: _Begun) -> AsyncIterator[TokenEvent]:
         """A run's tokens, the first with what is said once. Raises GenerationError where one would come that is not steered as decided."""
-        sampling, announced, begun = request.sampling, False, set()
+        sampling, announced, seen = request.sampling, False, set()
         async for output in run:
             for completion in output.outputs:
-                if completion.index not in begun:
-                    begun.add(completion.index)
-                    self._check_steered(run, decided, len(begun))
+                if completion.index not in seen:
+                    seen.add(completion.index)
+                    self._check_steered(run, begun.decided, len(seen))
                 for event in events_of(completion, sampling.logprobs):
                     if not announced:
                         announced = True
                         event = replace(
                             event,
-                            decision=decided.decision,
+                            decision=begun.decided.decision,
                             prompt_logprobs=None
                             if sampling.prompt_logprobs is None
                             else prompt_logprobs_of(
                                 output.prompt_logprobs, request.prompt_token_ids, sampling.prompt_logprobs
                             ),
                             num_cached_tokens=output.num_cached_tokens or 0,
-                            queue_s=_queued_s(output),
+                            queue_s=begun.queued_s + _queued_s(output),
                         )
                     yield event
 
     def _check_steered(self, run: Run, decided: Decided, num_begun: int) -> None:
         """The `num_begun`-th completion has begun: its workers must have said that they add what was decided."""
-        if not decided.additions:
-            return
         reports = run.reports
-        check_report(reports[num_begun - 1] if len(reports) >= num_begun else None, decided.additions)
+        report = reports[num_begun - 1] if len(reports) >= num_begun else None
+        if self._one_pass and decided.decision.profiles:  # each completion is decided anew, and rounded anew
+            if report is None or report.added != reports[0].added:
+                raise steering_lost(report, reports[0].added)
+        elif decided.decision.applied:
+            check_report(report, decided.additions)
 
 
 def _queued_s(output: object) -> float:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from server.engine.base import EngineObserver
 from server.engine.vllm.versions import check_version
@@ -14,7 +17,11 @@ from steering.profile import SteeringProfile, profile_folder
 if TYPE_CHECKING:
     from server.engine.vllm.engine import VllmEngine
 
-ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}  # unless the operator says otherwise
+ENVIRONMENT = {  # unless the operator says otherwise
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_COMPUTE_NANS_IN_LOGITS": "1",  # so that an answer made of them is refused
+}
 
 
 def load_engine(
@@ -32,6 +39,8 @@ def load_engine(
     check_version()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # in this process, where the log is ours
+    torch.set_num_threads(1)  # gates are small, and the model runs in other processes
     folders = {name: str(profile_folder(reference)) for name, reference in profiles.items()}
     loaded = [SteeringProfile.load(folder, name) for name, folder in folders.items()]
     try:

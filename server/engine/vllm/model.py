@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from server.engine.vllm.orders import Addition
+from server.engine.vllm.process import follow_parent
 from server.engine.vllm.settings import PluginSettings
 from server.engine.vllm.tables import SiteTable, install
 from server.engine.vllm.worker import WorkerSteering
@@ -24,6 +25,7 @@ def steer(model: nn.Module, vllm_config: Any, device: torch.device, *, reports: 
     settings = PluginSettings.from_config(vllm_config.additional_config)
     if settings is None:
         return None
+    follow_parent()
     scheduler, model_config = vllm_config.scheduler_config, vllm_config.model_config
     size, dtype = model_config.get_hidden_size(), model_config.dtype
     tables = {
@@ -65,7 +67,8 @@ class ProfileDecider:
     def read(
         self, layer: int, states: Tensor, options: list[SteeringOptions]
     ) -> list[tuple[tuple[ProfileDecision, ...], Addition | None, float]]:
-        from server.engine.vllm.doses import addition_of
+        from server.engine.vllm.doses import addition_of, bearable
 
         readings = self._sites[layer].read(states, options)
-        return [(r.profiles, addition_of(layer, r.dose), r.compute_ms) for r in readings]
+        doses = [r.dose if r.dose is not None and bearable(r.dose) else None for r in readings]
+        return [(r.profiles, addition_of(layer, d), r.compute_ms) for r, d in zip(readings, doses, strict=True)]

@@ -81,6 +81,7 @@ def vllm_config(model: str, options: VllmOptions, settings: PluginSettings) -> V
     given.scheduling_policy = "priority"
     given.generation_config = "vllm"  # sampling is what the request says, not what the checkpoint's authors suggest
     given.max_logprobs = max(given.max_logprobs, MAX_LOGPROBS)
+    given.structured_outputs_config.backend = "guidance"  # what this server checks grammars with
     given.disable_log_stats = True  # this server has metrics of its own
     given.additional_config = {**given.additional_config, **settings.to_config()}
     if options.one_pass:
@@ -163,6 +164,8 @@ def refuse_unsupported(config: VllmConfig, options: VllmOptions) -> None:
         scheduler = config.scheduler_config
         if scheduler.enable_chunked_prefill:
             raise ModelError("--vllm-one-pass: prompts must not be cut; leave --vllm.enable-chunked-prefill out.")
+        if scheduler.long_prefill_token_threshold or scheduler.long_prefill_token_threshold_adaptive:
+            raise ModelError("--vllm-one-pass: prompts must not be cut; leave --vllm.long-prefill-token-threshold out.")
         if config.device_config.device_type != "cpu" and not config.model_config.enforce_eager:
             raise ModelError(
                 "--vllm-one-pass: workers decide amid the pass, which a recorded graph cannot; add --vllm.enforce-eager, or leave "

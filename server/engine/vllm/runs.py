@@ -14,7 +14,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
-from server.engine.base import EngineDeadError, EngineStoppedError, UnsupportedRequestError
+from server.engine.base import EngineDeadError, EngineStoppedError, GenerationError, UnsupportedRequestError
 from server.engine.vllm.orders import Report
 
 
@@ -54,7 +54,7 @@ class Run:
     async def _next(self) -> RequestOutput:
         try:
             output = self._queue.get_nowait() or await self._queue.get()
-        except EngineStoppedError:
+        except (EngineStoppedError, GenerationError):
             raise
         except Exception as error:
             raise self._runs.dead(error) from error
@@ -145,12 +145,17 @@ class Runs:
 
         def tapped(outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
             for output in outputs:
-                report = Report.from_params(output.kv_transfer_params) if output.kv_transfer_params else None
+                if not output.kv_transfer_params and not output.num_nans_in_logits:
+                    continue
+                state = processor.request_states.get(output.request_id)
+                if state is None or state.queue is None:
+                    continue
+                report = Report.from_params(output.kv_transfer_params)
                 if report is not None:
                     output.kv_transfer_params = None
-                    state = processor.request_states.get(output.request_id)
-                    if state is not None and state.queue is not None:
-                        self._reports.setdefault(state.queue, []).append(report)
+                    self._reports.setdefault(state.queue, []).append(report)
+                if output.num_nans_in_logits:
+                    state.queue.put(GenerationError("the model produced NaN logits", "non_finite_logits"))
             return process(outputs, *args, **kwargs)
 
         processor.process_outputs = tapped  # type: ignore[method-assign] - this instance's alone

@@ -8,6 +8,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from server.engine.vllm.orders import KEY, Report
+from server.engine.vllm.process import follow_parent
 
 
 class _Reporting:
@@ -15,12 +16,15 @@ class _Reporting:
 
     _reports: dict[str, Report]
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._reports = {}
+        follow_parent()
+
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
-        new = getattr(model_runner_output, KEY, None)
-        waiting = self.__dict__.setdefault("_reports", {})
-        if new:
-            waiting.update(new)
+        waiting = self._reports
+        waiting.update(getattr(model_runner_output, KEY, None) or {})
         if waiting:  # of a token that was dropped by a preemption, until the next one
             for found in outputs.values():
                 for output in found.outputs:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING
 
-from server.engine.base import Engine, EngineError, GenerationRequest, SamplingOptions
+from server.engine.base import EngineError, EngineInfo, GenerationRequest, SamplingOptions
 from steering.decision import ProfileActivation, SteeringOptions
 from steering.errors import ProfileError
 from steering.profile import SteeringProfile
@@ -15,15 +15,23 @@ if TYPE_CHECKING:
 
 NUM_TOKENS = 5
 NUM_LOGPROBS = 5
+BEFORE_ALL = -(2**31)  # a profile that is loaded amid traffic need not wait for the queue
 
 
-async def check_steering(engine: Engine, profiles: Sequence[SteeringProfile]) -> None:
+Generate = Callable[[GenerationRequest], "AsyncIterator[TokenEvent]"]
+
+
+async def check_steering(generate: Generate, info: EngineInfo, profiles: Sequence[SteeringProfile]) -> None:
     """Generate plain, at strength 0 and with the gate forced open: the first two must be equal bit for bit, the third must
-    differ, for each profile. Raises ProfileError."""
-    plain = await _generate(engine)
+    differ, for each profile. Raises ProfileError.
+
+    Args:
+        generate, info: the engine's.
+    """
+    plain = await _tokens(generate, info)
     for profile in profiles:
         strength = profile.manifest.strength or 1.0
-        shut = await _generate(engine, ProfileActivation(profile.name, 0.0, gate="open", version=profile.version))
+        shut = await _tokens(generate, info, ProfileActivation(profile.name, 0.0, gate="open", version=profile.version))
         steered = plain
         for times in (
             4.0,
@@ -32,7 +40,7 @@ async def check_steering(engine: Engine, profiles: Sequence[SteeringProfile]) ->
         ):  # coarse dtypes must show it; a coarse dtype may not hold as much; a linear map may be weak here
             activation = ProfileActivation(profile.name, times * strength, gate="open", version=profile.version)
             try:
-                steered = await _generate(engine, activation)
+                steered = await _tokens(generate, info, activation)
             except EngineError:
                 continue
             if steered != plain:
@@ -45,10 +53,10 @@ async def check_steering(engine: Engine, profiles: Sequence[SteeringProfile]) ->
             )
 
 
-async def _generate(engine: Engine, *activations: ProfileActivation) -> list[tuple[int, object]]:
+async def _tokens(generate: Generate, info: EngineInfo, *activations: ProfileActivation) -> list[tuple[int, object]]:
     """Tokens and log-probabilities of a short greedy run."""
-    prompt = tuple(i % engine.info.vocab_size for i in range(1, min(NUM_TOKENS, engine.info.max_model_len - 2) + 1))
+    prompt = tuple(i % info.vocab_size for i in range(1, min(NUM_TOKENS, info.max_model_len - 2) + 1))
     sampling = SamplingOptions(max_tokens=2, temperature=0.0, logprobs=NUM_LOGPROBS)
-    request = GenerationRequest("selftest", prompt, sampling, SteeringOptions(activations))
-    events: list[TokenEvent] = [event async for event in engine.generate(request)]
+    request = GenerationRequest("selftest", prompt, sampling, SteeringOptions(activations), priority=BEFORE_ALL)
+    events: list[TokenEvent] = [event async for event in generate(request)]
     return [(event.token_id, event.logprobs) for event in events]

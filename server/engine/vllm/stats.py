@@ -53,9 +53,9 @@ class StatsKeeper:
     def stats(self, num_open: int) -> EngineStats:
         """`num_open`: requests that somebody waits for; those that no engine process has counted yet are waiting."""
         running, waiting = sum(self._running.values()), sum(self._waiting.values())
-        if num_open == 0:
-            running = waiting = 0
         usage = sum(self._usage.values()) / max(len(self._usage), 1)
+        if num_open == 0:  # after an abort nothing is told until the next step
+            running, waiting, usage = 0, 0, 0.0
         return EngineStats(
             num_running=running,
             num_waiting=max(waiting, num_open - running),

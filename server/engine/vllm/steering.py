@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from server.engine.base import GenerationError, GenerationRequest
-from server.engine.vllm.doses import addition_of, salt_of
+from server.engine.vllm.doses import addition_of, bearable, salt_of
 from server.engine.vllm.orders import Addition, Order, Report
 from steering.decision import SteeringDecision, SteeringOptions, combine
 from steering.intervention import Dose, Reading, Site, profiles_by_layer
@@ -46,7 +46,7 @@ class Steering:
 
     def __init__(self, profiles: Sequence[SteeringProfile], hidden_size: int, dtype: torch.dtype) -> None:
         self._table = torch.zeros(1, hidden_size, dtype=dtype)
-        self._remembered: OrderedDict[tuple[bytes, SteeringOptions], Decided] = OrderedDict()
+        self._remembered: OrderedDict[tuple[str, bytes, SteeringOptions], Decided] = OrderedDict()
         self.set_profiles(profiles)
 
     def set_profiles(self, profiles: Iterable[SteeringProfile]) -> None:
@@ -59,7 +59,7 @@ class Steering:
         return Passes(self._sites, request)
 
     def recall(self, request: GenerationRequest) -> Decided | None:
-        """What was decided about the same prompt under the same options; it took no time now."""
+        """What was decided about the same owner's same prompt under the same options; it took no time now."""
         key = _key(request)
         found = self._remembered.get(key)
         if found is not None:
@@ -82,7 +82,8 @@ class Passes:
         self._options = options = request.steering
         asked = {(a.profile, a.version) for a in options.activations}
         mine = [site for site in sites if any((p.name, p.version) in asked for p in site.profiles)]
-        fixed = {site.layer: reading for site in mine if (reading := site.foretell(options)) is not None}
+        foretold = {site.layer: site.foretell(options) for site in mine}
+        fixed = {layer: r for layer, r in foretold.items() if r is not None and (r.dose is None or bearable(r.dose))}
         self._sites = mine
         self._pending = [site for site in mine if site.layer not in fixed]
         self._fixed = [site for site in mine if site.layer in fixed]
@@ -98,7 +99,7 @@ class Passes:
     def read(self, report: Report | None) -> bool:
         """Whether the pass stands; else something is to be added that it did not add, and it must be done again.
 
-        Raises GenerationError where the workers did not do what the order said.
+        Raises GenerationError where the workers did not do what the order said, and where nobody could add what was decided.
         """
         if self.order is None:
             return True
@@ -107,18 +108,32 @@ class Passes:
             site = self._pending.pop(0)
             reading = self._readings[site.layer] = self._reading(site, report)
             if reading.dose is not None:
+                if not bearable(reading.dose):
+                    raise self._unbearable()
                 self._doses[site.layer] = reading.dose
                 return False
         for site in self._fixed:
             self._readings[site.layer] = self._reading(site, report)
         return True
 
+    @property
+    def made(self) -> bool:
+        """Whether nothing that is yet to be read changes the decision."""
+        return len(self._readings) == len(self._sites)
+
     def decided(self) -> Decided:
-        """Once a pass stands."""
-        readings = [self._readings[site.layer] for site in self._sites]
+        """What the sites decided that were read: all of them, once a pass stands or the decision is made."""
+        readings = [self._readings[site.layer] for site in self._sites if site.layer in self._readings]
         profiles = tuple(profile for reading in readings for profile in reading.profiles)
         compute_ms = sum(reading.compute_ms for reading in readings)
         return Decided(combine(self._options, profiles, compute_ms), self._additions)
+
+    def _unbearable(self) -> GenerationError:
+        error = GenerationError(
+            "steered as much as this the model's numbers would overflow; lower steer_strength", "non_finite_logits"
+        )
+        error.decision = self.decided().decision
+        return error
 
     def _reading(self, site: Site, report: Report) -> Reading:
         state = torch.from_numpy(np.frombuffer(report.states[site.layer], np.float32).copy())
@@ -133,11 +148,16 @@ def check_report(report: Report | None, additions: Sequence[Addition]) -> None:
     """Fail closed: raise GenerationError unless the workers say that they add what they were told to."""
     wanted = [addition.layer for addition in additions]
     if report is None or sorted(report.added) != wanted:
-        told = "nothing" if report is None else f"layers {list(report.added)}"
-        raise GenerationError(
-            f"vLLM's workers were to steer at layers {wanted} and report {told}; the request was not answered unsteered",
-            "steering_lost",
-        )
+        raise steering_lost(report, wanted)
+
+
+def steering_lost(report: Report | None, wanted: Sequence[int]) -> GenerationError:
+    """For an answer that would not be steered at the layers `wanted`, as it should be."""
+    told = "nothing" if report is None else f"layers {list(report.added)}"
+    return GenerationError(
+        f"vLLM's workers were to steer at layers {list(wanted)} and report {told}; the request was not answered",
+        "steering_lost",
+    )
 
 
 def salt(request: GenerationRequest, additions: Sequence[Addition]) -> str | None:
@@ -161,6 +181,6 @@ def unsafe(request: GenerationRequest, decision: SteeringDecision) -> Generation
     return None
 
 
-def _key(request: GenerationRequest) -> tuple[bytes, SteeringOptions]:
+def _key(request: GenerationRequest) -> tuple[str, bytes, SteeringOptions]:
     tokens = np.asarray(request.prompt_token_ids, np.int64).tobytes()
-    return hashlib.blake2b(tokens, digest_size=16).digest(), request.steering
+    return request.cache_owner, hashlib.blake2b(tokens, digest_size=16).digest(), request.steering

@@ -72,6 +72,11 @@ class SiteTable:
             put(self.row_of_token[: len(padded)], torch.from_numpy(padded))
             self._num_written = len(rows) if acts else 0
 
+    def clear(self) -> None:
+        """Add nothing and read nothing, however many tokens the steps from now on have."""
+        self.write_rows(np.zeros(0, np.int32))
+        self.write_queries(())
+
     def write_queries(self, rows: Sequence[int]) -> None:
         """Which tokens to read."""
         if rows or self.num_queries:
@@ -127,7 +132,7 @@ def register_operation() -> None:
     global _library
     if _library is not None:
         return
-    _library = torch.library.Library(LIBRARY, "DEF")
+    _library = torch.library.Library(LIBRARY, "FRAGMENT")
     _library.define("site(Tensor(a!) hidden, Tensor? residual, int layer) -> ()")
     _library.impl("site", _site, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{LIBRARY}::site", lambda hidden, residual, layer: None, lib=_library)

@@ -35,7 +35,9 @@ class Decider(Protocol):
 
 @dataclass
 class _Request:
-    """`slots`: layer → row of the answer's vector, the prompt's is the next; empty while the request is not in the batch."""
+    """`slots`: layer → row of the answer's vector, the prompt's is the next; empty while the request is not in the batch.
+    `cut`: its prompt came in several steps, so a vector that its end decides would miss its beginning.
+    """
 
     order: Order
     num_prompt_tokens: int
@@ -44,6 +46,7 @@ class _Request:
     reported: bool = False
     profiles: list[ProfileDecision] = field(default_factory=list)
     compute_ms: float = 0.0
+    cut: bool = False
 
     def reads(self, layer: int) -> bool:
         return self.order.decide is not None or layer in self.order.read
@@ -68,9 +71,8 @@ class WorkerSteering:
         self._done: set[str] = set()  # reported, and nothing is to be added
         self._free = {layer: list(range(1, len(table.vectors), 2)) for layer, table in tables.items()}
         self._ending: list[tuple[Span, int, _Request]] = []  # prompts that end in this step, with their row
-        self._steady: list[str] | None = (
-            None  # the last step's requests, where each had one token of its answer and the rows still hold
-        )
+        # The last step's requests, where each had one token of its answer and the rows still hold.
+        self._steady: list[str] | None = None
 
     def arrive(self, request_id: str, num_prompt_tokens: int, order: Order | None) -> None:
         """A request is new here; or it comes anew after it was preempted, and what was decided about it holds."""
@@ -98,7 +100,8 @@ class WorkerSteering:
         self._ending.clear()
         if not self._requests:
             if self._steady != []:
-                self._write({}, num_rows)
+                for table in self.tables.values():
+                    table.clear()
                 self._steady = []
             return
         spans = list(spans)
@@ -106,20 +109,21 @@ class WorkerSteering:
         if names == self._steady and num_rows == len(names):
             return
         rows = {layer: np.zeros(num_rows, np.int32) for layer in self.tables}
-        answers = num_rows == len(names)  # whether each has one token, and none of a prompt
+        answering = num_rows == len(names)
         for span in spans:
             request = self._requests.get(span.request_id)
             if request is None:
                 continue
             here = request.num_prompt_tokens - 1 - span.position  # the prompt's last token, from the span's start
-            answers &= here < 0
+            answering = answering and here <= 0  # a prompt may come one token at a time, too
+            request.cut = request.cut or here >= span.num_tokens  # its end is not in this step
             if 0 <= here < span.num_tokens and not request.reported:
                 self._ending.append((span, span.row + here, request))
             for layer in request.additions:
                 self._hold(request, layer)
                 _fill(rows[layer], span, here, request.slots[layer])
-        self._write(rows, num_rows)
-        self._steady = names if answers else None
+        self._write(rows)
+        self._steady = names if answering and not self._ending else None
 
     def _hold(self, request: _Request, layer: int) -> None:
         """Have what a layer adds to a request in its table."""
@@ -133,10 +137,10 @@ class WorkerSteering:
             else:
                 put(vectors[row], torch.frombuffer(bytearray(raw), dtype=vectors.dtype))
 
-    def _write(self, rows: Mapping[int, np.ndarray], num_rows: int) -> None:
+    def _write(self, rows: Mapping[int, np.ndarray]) -> None:
         deciding = any(request.order.decide is not None for _, _, request in self._ending)
         for layer, table in self.tables.items():
-            table.write_rows(rows[layer] if rows else np.zeros(num_rows, np.int32), self._decide if deciding else None)
+            table.write_rows(rows[layer], self._decide if deciding else None)
             table.write_queries([row for _, row, request in self._ending if request.reads(layer)])
 
     def _decide(self, layer: int, states: Tensor) -> None:
@@ -173,7 +177,15 @@ class WorkerSteering:
                 taken[layer] = reading, table.take()
             table.write_queries([])
             table.decide = None
-        facts = [(name, r.order, tuple(r.additions), (tuple(r.profiles), r.compute_ms)) for name, r in ending]
+        facts = [
+            (
+                name,
+                r.order.read,
+                tuple(r.additions),
+                None if r.order.decide is None or r.cut else (tuple(r.profiles), r.compute_ms),
+            )
+            for name, r in ending
+        ]
         for name, request in ending:
             request.reported = True
             if not request.additions:
@@ -185,12 +197,8 @@ class WorkerSteering:
         def reports() -> dict[str, Report]:
             states = {layer: dict(zip(names, take(), strict=True)) for layer, (names, take) in taken.items()}
             return {
-                name: Report(
-                    {layer: states[layer][name].numpy().tobytes() for layer in order.read},
-                    added,
-                    decided if order.decide is not None else None,
-                )
-                for name, order, added, decided in facts
+                name: Report({layer: states[layer][name].numpy().tobytes() for layer in read}, added, decided)
+                for name, read, added, decided in facts
             }
 
         return reports
