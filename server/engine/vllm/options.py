@@ -132,7 +132,17 @@ def refuse_unsupported(config: VllmConfig, options: VllmOptions) -> None:
             "prompts are cut over cards",
         ),
         (parallel.decode_context_parallel_size > 1, "--vllm.decode-context-parallel-size", "it was not tried"),
-        (parallel.enable_dbo, "--vllm.enable-dbo", "a step is cut in two, and rows are counted anew"),
+        (
+            parallel.use_ubatching,
+            "--vllm.enable-dbo (--vllm.ubatch-size)",
+            "a step is cut up, and rows are counted anew",
+        ),
+        (parallel.enable_elastic_ep, "--vllm.enable-elastic-ep", "a model that is loaded anew has no sites"),
+        (
+            config.cache_config.kv_sharing_fast_prefill,
+            "--vllm.kv-sharing-fast-prefill",
+            "upper layers then see some of a prompt's rows only",
+        ),
         (
             parallel.use_sequence_parallel_moe or parallel.enable_hc_sp,
             "sequence parallelism (--vllm.enable-expert-parallel over several cards and replicas, --vllm.enable-hc-sp)",
