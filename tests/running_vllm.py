@@ -8,7 +8,7 @@ import importlib.util
 import multiprocessing
 import os
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -75,6 +75,7 @@ async def running_vllm(
     *,
     family: str = "llama",
     observer: EngineObserver | None = None,
+    folders: Mapping[str, str] | None = None,
     **options: object,
 ) -> AsyncIterator[Engine]:
     """An engine around `vllm_model(family)`, started, and stopped at the end. It belongs to the event loop that it starts in.
@@ -87,7 +88,12 @@ async def running_vllm(
     from server.engine.vllm.options import VllmOptions
 
     engine = VllmEngine(
-        str(vllm_folder(family)), profiles, VllmOptions(**OPTIONS | options), model_name="tiny", observer=observer
+        str(vllm_folder(family)),
+        profiles,
+        VllmOptions(**OPTIONS | options),
+        folders=folders,
+        model_name="tiny",
+        observer=observer,
     )
     await engine.start()
     try:

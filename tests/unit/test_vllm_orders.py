@@ -45,6 +45,7 @@ def carried(data):
         if isinstance(value, list | tuple):
             return [plain(item) for item in value]
         if isinstance(value, dict):
+            assert all(type(key) is str for key in value)
             return {key: plain(item) for key, item in value.items()}
         assert value is None or type(value) in (int, float, str, bytes, bool), type(value)
         return value

@@ -168,6 +168,16 @@ def test_a_prompt_that_comes_one_token_at_a_time_is_no_steady_batch():
     assert [list(t) for t in told] == [[], [], [], [], ["b"], [], []]
 
 
+def test_another_request_of_the_same_name():
+    worker = Worker()
+    for seed in (1, 5):
+        worker.arrive("a", 1, Order(read=(1,), add=(adding(1, None, seed),)))
+        assert set(worker.step(("a", 0, 1))[0]) == {"a"}
+        worker.step(("a", 1, 1))
+        worker.step(("a", 2, 1))
+        worker.steering.depart("a")
+
+
 def test_none_is_steered_once_all_who_were_are_gone():
     worker = Worker()
     worker.arrive("a", 20, Order(add=(adding(1, 1, 2),)))
@@ -320,3 +330,17 @@ def test_what_a_worker_decided_holds_when_the_request_was_preempted():
     worker.steering.pause("a")
     assert not worker.step(("a", 0, 4))[0]
     worker.step(("a", 4, 1))
+
+
+@pytest.mark.parametrize(("chunks", "told"), [([3], True), ([2, 1], False), ([1, 1, 1], False)])
+def test_workers_that_decide_do_not_tell_of_a_prompt_that_was_cut(chunks, told):
+    """Its beginning had no vector: the server must not take it for steered."""
+    worker, position = Worker(decider=Decider()), 0
+    worker.steering.arrive("a", 3, Order(decide=SteeringOptions((ProfileActivation("p", 1.0),))))
+    for count in chunks:
+        worker.steering.begin([Span("a", 0, count, position)], count)
+        for layer, table in worker.tables.items():
+            table.run(torch.ones(count, WIDTH), None, layer)
+        reports = worker.steering.end()
+        position += count
+    assert (reports()["a"].decided is not None) == told

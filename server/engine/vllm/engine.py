@@ -372,14 +372,13 @@ class VllmEngine(Engine):
 
     def _check_steered(self, run: Run, decided: Decided, num_begun: int) -> None:
         """The `num_begun`-th completion has begun: its workers must have said that they add what was decided."""
-        if not decided.decision.applied:
-            return
         reports = run.reports
         report = reports[num_begun - 1] if len(reports) >= num_begun else None
-        if not self._one_pass:
+        if self._one_pass and decided.decision.profiles:  # each completion is decided anew, and rounded anew
+            if report is None or report.added != reports[0].added:
+                raise steering_lost(report, reports[0].added)
+        elif decided.decision.applied:
             check_report(report, decided.additions)
-        elif report is None or not report.added:
-            raise steering_lost(report, self._layers)
 
 
 def _queued_s(output: object) -> float:
