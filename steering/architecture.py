@@ -6,10 +6,10 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
 from steering.errors import ModelError
 
@@ -49,12 +49,18 @@ def _attends(layer: nn.Module) -> bool:
     return any("attn" in name or "attention" in name for name, _ in layer.named_children())
 
 
+class DecoderConfig(Protocol):
+    """A transformers configuration; of its names only those that it has count for the hash."""
+
+    hidden_size: int
+
+
 def config_sha256(model: nn.Module) -> str:
     """`shape_sha256` of a model's decoder."""
     return shape_sha256(text_config(model))
 
 
-def shape_sha256(config: PreTrainedConfig) -> str:
+def shape_sha256(config: DecoderConfig) -> str:
     """Hash of the numbers that fix the architecture's shape; the same for every dtype and quantisation of a checkpoint.
 
     Args:

@@ -18,9 +18,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
-from steering.architecture import PROBE_SIZE, decoder_layers, probes_match, shape_sha256, text_config, weight_probe
+from steering.architecture import (
+    PROBE_SIZE,
+    DecoderConfig,
+    decoder_layers,
+    probes_match,
+    shape_sha256,
+    text_config,
+    weight_probe,
+)
 from steering.errors import ProfileError
 from steering.experts import ConstantVector, Experts, LayeredVectors, LinearMap, MixtureOfSteeringExperts
 from steering.gate import AlwaysOpenGate, CosineGate, Gate, QuantileGate
@@ -123,7 +130,7 @@ class SteeringProfile:
         """Raise ProfileError unless `model` is the checkpoint that this profile was trained on, in whatever dtype."""
         self.check_checkpoint(text_config(model), len(decoder_layers(model)), lambda: weight_probe(model))
 
-    def check_checkpoint(self, config: PreTrainedConfig, num_layers: int, probe: Callable[[], Tensor]) -> None:
+    def check_checkpoint(self, config: DecoderConfig, num_layers: int, probe: Callable[[], Tensor]) -> None:
         """`check_model` where no model is loaded.
 
         Args:

@@ -136,6 +136,7 @@ async def test_a_dose_that_overflows_fails_its_request_alone_and_tells_what_was_
             assert failure.value.decision.applied and failure.value.decision.profiles[0].strength == 3e38
             assert await good == wanted
             assert sorted(d.profiles[0].strength for d in observer.decisions) == [3.0] * (n + 1) + [3e38] * n
+        assert (await engine.score(request("scored", steering=overflowing))).profiles[0].strength == 3e38
         assert await answer(engine, request("after", max_tokens=20)) == wanted
 
 

@@ -24,6 +24,8 @@ DOCKER = Path(__file__).parents[2] / "docker"
 sys.path.insert(0, str(DOCKER))
 import rehearse  # noqa: E402
 
+from server.engine.vllm.versions import SUPPORTED  # noqa: E402
+
 SERVER = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]["server"]
 
 
@@ -37,11 +39,19 @@ def lint(dockerfile: str) -> subprocess.CompletedProcess:
     return subprocess.run([tool("hadolint"), "-"], input=dockerfile, capture_output=True, text=True)
 
 
-def test_the_dockerfile_is_clean_to_hadolint_which_sees_a_bad_one():
-    text = (DOCKER / "Dockerfile").read_text()
+@pytest.mark.parametrize(
+    ("name", "base"), [("Dockerfile", "python:${PYTHON}"), ("vllm.Dockerfile", "vllm/vllm-openai:v0.32.0")]
+)
+def test_a_dockerfile_is_clean_to_hadolint_which_sees_a_bad_one(name, base):
+    text = (DOCKER / name).read_text()
     done = lint(text)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "DL3006" in lint(text.replace("FROM python:${PYTHON}\n", "FROM python\n")).stdout
+    assert "DL3006" in lint(text.replace(f"FROM {base}\n", f"FROM {base.partition(':')[0]}\n")).stdout
+
+
+def test_the_vllm_image_has_a_vllm_that_is_known():
+    [version] = re.findall(r"^FROM vllm/vllm-openai:v(\S+)$", (DOCKER / "vllm.Dockerfile").read_text(), re.M)
+    assert version in SUPPORTED
 
 
 @pytest.mark.parametrize("files", [("compose.yaml",), ("compose.yaml", "compose.cuda.yaml")])

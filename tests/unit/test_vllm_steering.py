@@ -211,6 +211,18 @@ def test_workers_that_add_unasked_end_the_request():
     assert passes.read(told)
 
 
+@pytest.mark.parametrize("strength", [3e38, -3e38])
+@pytest.mark.parametrize("name", ["own1", "same1"])
+def test_a_dose_that_no_dtype_holds_reaches_no_worker(name, strength):
+    passes = steering_of(name).passes(asked(forced(name, strength=strength)))
+    assert passes.order.add == (), "not at first either, where no query changes it"
+    with pytest.raises(GenerationError, match="lower steer_strength") as failure:
+        passes.read(work(passes.order))
+    assert failure.value.code == "non_finite_logits"
+    [told] = failure.value.decision.profiles
+    assert (told.strength, told.reason, failure.value.decision.applied) == (strength, "forced_open", True)
+
+
 def test_reports_may_name_layers_in_any_order():
     check_report(Report({}, (3, 1)), [Addition(1, None, b""), Addition(3, None, b"")])
 
@@ -243,11 +255,11 @@ def test_what_was_decided_is_recalled_for_the_same_question_alone():
     decided, _ = decide(steering, request)
     assert steering.recall(request) is None
     steering.remember(request, decided)
-    found = steering.recall(replace(request, request_id="another", n=3))
+    found = steering.recall(replace(request, request_id="another"))
     assert found.additions == decided.additions and found.order == Order(add=decided.additions)
     assert found.decision == replace(decided.decision, compute_ms=0.0)
     for other in (
-        asked(forced("own1"), owner="another"),
+        replace(request, cache_owner="another"),  # that somebody asked it is his own affair
         asked(forced("own1"), prompt=PROMPT[:-1]),
         asked(forced("own1"), prompt=(*PROMPT[:-1], 11)),
         asked(forced("own1", strength=2.0)),

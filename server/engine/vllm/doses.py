@@ -12,6 +12,16 @@ from server.engine.vllm.orders import Addition
 from steering.intervention import Dose
 
 
+def bearable(dose: Dose) -> bool:
+    """Whether what is added, and twice as much, is a number of the model's dtype.
+
+    What is none makes NaN of keys and values, and vLLM's blocks hand that on: whoever gets them next has positions masked there,
+    and 0 · NaN is NaN.
+    """
+    most = torch.finfo(dose.answer.dtype).max / 2
+    return all(bool(vector.abs().max() <= most) for vector in (dose.prompt, dose.answer) if vector is not None)
+
+
 def addition_of(layer: int, dose: Dose | None) -> Addition | None:
     """What a layer adds, for the wire. Waits for the device."""
     if dose is None:

@@ -208,7 +208,12 @@ class VllmEngine(Engine):
 
     async def score(self, request: GenerationRequest) -> SteeringDecision:
         request = replace(self._admit(request), n=1)
-        begun = await self._begin(request, time.time(), keep=False)
+        try:
+            begun = await self._begin(request, time.time(), keep=False)
+        except GenerationError as error:
+            if error.decision is None:
+                raise
+            return error.decision
         return begun.decided.decision
 
     async def load_profile(
@@ -290,7 +295,7 @@ class VllmEngine(Engine):
                 output, report = await run.first()
                 stands = passes.read(report)
             except BaseException as error:
-                if isinstance(error, GenerationError) and passes.made:
+                if isinstance(error, GenerationError) and error.decision is None and passes.made:
                     error.decision = passes.decided().decision
                 await run.abort()
                 raise

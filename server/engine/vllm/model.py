@@ -67,7 +67,8 @@ class ProfileDecider:
     def read(
         self, layer: int, states: Tensor, options: list[SteeringOptions]
     ) -> list[tuple[tuple[ProfileDecision, ...], Addition | None, float]]:
-        from server.engine.vllm.doses import addition_of
+        from server.engine.vllm.doses import addition_of, bearable
 
         readings = self._sites[layer].read(states, options)
-        return [(r.profiles, addition_of(layer, r.dose), r.compute_ms) for r in readings]
+        doses = [r.dose if r.dose is not None and bearable(r.dose) else None for r in readings]
+        return [(r.profiles, addition_of(layer, d), r.compute_ms) for r, d in zip(readings, doses, strict=True)]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from server.engine.base import GenerationError, GenerationRequest
-from server.engine.vllm.doses import addition_of, salt_of
+from server.engine.vllm.doses import addition_of, bearable, salt_of
 from server.engine.vllm.orders import Addition, Order, Report
 from steering.decision import SteeringDecision, SteeringOptions, combine
 from steering.intervention import Dose, Reading, Site, profiles_by_layer
@@ -82,7 +82,8 @@ class Passes:
         self._options = options = request.steering
         asked = {(a.profile, a.version) for a in options.activations}
         mine = [site for site in sites if any((p.name, p.version) in asked for p in site.profiles)]
-        fixed = {site.layer: reading for site in mine if (reading := site.foretell(options)) is not None}
+        foretold = {site.layer: site.foretell(options) for site in mine}
+        fixed = {layer: r for layer, r in foretold.items() if r is not None and (r.dose is None or bearable(r.dose))}
         self._sites = mine
         self._pending = [site for site in mine if site.layer not in fixed]
         self._fixed = [site for site in mine if site.layer in fixed]
@@ -98,7 +99,7 @@ class Passes:
     def read(self, report: Report | None) -> bool:
         """Whether the pass stands; else something is to be added that it did not add, and it must be done again.
 
-        Raises GenerationError where the workers did not do what the order said.
+        Raises GenerationError where the workers did not do what the order said, and where nobody could add what was decided.
         """
         if self.order is None:
             return True
@@ -107,6 +108,8 @@ class Passes:
             site = self._pending.pop(0)
             reading = self._readings[site.layer] = self._reading(site, report)
             if reading.dose is not None:
+                if not bearable(reading.dose):
+                    raise self._unbearable()
                 self._doses[site.layer] = reading.dose
                 return False
         for site in self._fixed:
@@ -119,11 +122,18 @@ class Passes:
         return len(self._readings) == len(self._sites)
 
     def decided(self) -> Decided:
-        """Once a pass stands, or the decision is made."""
-        readings = [self._readings[site.layer] for site in self._sites]
+        """What the sites decided that were read: all of them, once a pass stands or the decision is made."""
+        readings = [self._readings[site.layer] for site in self._sites if site.layer in self._readings]
         profiles = tuple(profile for reading in readings for profile in reading.profiles)
         compute_ms = sum(reading.compute_ms for reading in readings)
         return Decided(combine(self._options, profiles, compute_ms), self._additions)
+
+    def _unbearable(self) -> GenerationError:
+        error = GenerationError(
+            "steered as much as this the model's numbers would overflow; lower steer_strength", "non_finite_logits"
+        )
+        error.decision = self.decided().decision
+        return error
 
     def _reading(self, site: Site, report: Report) -> Reading:
         state = torch.from_numpy(np.frombuffer(report.states[site.layer], np.float32).copy())
