@@ -79,12 +79,15 @@ async def test_what_is_unloaded_is_found_no_more_by_name(retired):
 
 
 async def test_what_is_loaded_again_is_kept(retired):
+    failures = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: failures.append(context))
     served = served_of(retired, FIRST)
     served.put("p", SECOND)
     assert served.keep("p", FIRST.version) and not served.keep("p", FIRST.version)
     served.put("p", FIRST)
     await asyncio.sleep(0.1)
     assert retired == [("p", SECOND.version)] and asks(served, "p") == FIRST.version
+    assert not failures
 
 
 async def test_the_same_version_once_more_retires_nothing(retired):
@@ -92,3 +95,13 @@ async def test_the_same_version_once_more_retires_nothing(retired):
     served.put("p", FIRST)
     await asyncio.sleep(0.1)
     assert not retired and asks(served, "p") == FIRST.version
+
+
+async def test_what_is_being_proved_is_found_by_its_version_alone(retired):
+    served = served_of(retired, FIRST)
+    served.allow("p", SECOND.version)
+    assert asks(served, "p") == FIRST.version and asks(served, "p", SECOND.version) == SECOND.version
+    served.drop("p", SECOND.version)
+    assert retired == [("p", SECOND.version)]
+    with pytest.raises(GenerationError):
+        asks(served, "p", SECOND.version)

@@ -84,7 +84,7 @@ class Prompts:
     def whose_gate(self, opens: bool, length: int, family: str = "llama") -> tuple[int, ...]:
         """One for which the gate of `own` is more than half open, or shut."""
         for name in itertools.count():
-            found = self(length, f"gate {name}", common=0)
+            found = self(length, f"gate {name}")
             [gate] = oracle(found, (ASK,), 0, family)[2]
             if gate > 0.5 if opens else gate == 0:
                 return found

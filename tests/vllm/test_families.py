@@ -36,8 +36,8 @@ async def test_a_family(prompts, family, mode):
         request("last", prompts(97, 2), last),
         request("two layers", prompts(75, 3), own, deeper),
         request("plain", prompts(96, 4)),
-        request("gate opens", prompts.whose_gate(True, 60, family), ASK),
-        request("gate stays shut", prompts.whose_gate(False, 50, family), ASK),
+        request("gate opens", prompts.whose_gate(True, 81, family), ASK),
+        request("gate stays shut", prompts.whose_gate(False, 101, family), ASK),
     ]
     async with running("own", "own2", family=family, **options) as engine:
         for _ in ("cold", "warm"):
