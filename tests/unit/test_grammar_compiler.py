@@ -192,9 +192,9 @@ def release(monkeypatch):
     event = threading.Event()
 
     class Slow(module.CompiledGrammar):
-        def __init__(self, tokenizer, grammar):
+        def __init__(self, *arguments):
             event.wait(10)
-            super().__init__(tokenizer, grammar)
+            super().__init__(*arguments)
 
     monkeypatch.setattr(module, "CompiledGrammar", Slow)
     return event
