@@ -163,9 +163,9 @@ async def test_each_grammar_is_compiled_once_whoever_asks(monkeypatch):
     made = []
 
     class Counted(module.CompiledGrammar):
-        def __init__(self, tokenizer, grammar):
+        def __init__(self, *arguments):
             made.append(threading.current_thread().name)
-            super().__init__(tokenizer, grammar)
+            super().__init__(*arguments)
 
     monkeypatch.setattr(module, "CompiledGrammar", Counted)
     monkeypatch.setattr(module, "MAX_COMPILED", 2)
@@ -192,9 +192,9 @@ def release(monkeypatch):
     event = threading.Event()
 
     class Slow(module.CompiledGrammar):
-        def __init__(self, tokenizer, grammar):
+        def __init__(self, *arguments):
             event.wait(10)
-            super().__init__(tokenizer, grammar)
+            super().__init__(*arguments)
 
     monkeypatch.setattr(module, "CompiledGrammar", Slow)
     return event

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 MAX_LOGPROBS = 20
+CPU_KV_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 CPU_KV_CACHE_BYTES = 4 * 2**30  # vLLM would take nearly all memory
 KNOWN_WORKERS = ("CPUWorker", "Worker")
 # vLLM's flags that this server sets, and what to use in their place.
@@ -74,8 +75,8 @@ def vllm_config(model: str, options: VllmOptions, settings: PluginSettings) -> V
     given.max_num_seqs = options.max_num_seqs
     given.max_num_batched_tokens = options.max_batched_tokens
     given.kv_cache_memory_bytes = options.kv_cache_bytes
-    if options.kv_cache_bytes is None and current_platform.is_cpu() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
-        given.kv_cache_memory_bytes = CPU_KV_CACHE_BYTES
+    if current_platform.is_cpu():
+        given.kv_cache_memory_bytes = _cpu_kv_cache_bytes(options.kv_cache_bytes)
     given.enable_prefix_caching = options.prefix_cache
     given.dtype = options.dtype
     given.scheduling_policy = "priority"
@@ -94,6 +95,17 @@ def vllm_config(model: str, options: VllmOptions, settings: PluginSettings) -> V
     mode = "ReportingAsyncScheduler" if config.scheduler_config.async_scheduling else "ReportingScheduler"
     config.scheduler_config.scheduler_cls = f"server.engine.vllm.scheduling.{mode}"
     return config
+
+
+def _cpu_kv_cache_bytes(wanted: int | None) -> int | None:
+    """None where vLLM's own variable says how much, which overrules all else."""
+    if CPU_KV_CACHE_VARIABLE not in os.environ:
+        return wanted or CPU_KV_CACHE_BYTES
+    if wanted is not None:
+        raise ModelError(
+            f"--kv-cache-memory: {CPU_KV_CACHE_VARIABLE} is set, and vLLM would take that; unset one of them."
+        )
+    return None
 
 
 def _parse(flags: Sequence[str]) -> argparse.Namespace:
@@ -132,7 +144,17 @@ def refuse_unsupported(config: VllmConfig, options: VllmOptions) -> None:
             "prompts are cut over cards",
         ),
         (parallel.decode_context_parallel_size > 1, "--vllm.decode-context-parallel-size", "it was not tried"),
-        (parallel.enable_dbo, "--vllm.enable-dbo", "a step is cut in two, and rows are counted anew"),
+        (
+            parallel.use_ubatching,
+            "--vllm.enable-dbo (--vllm.ubatch-size)",
+            "a step is cut up, and rows are counted anew",
+        ),
+        (parallel.enable_elastic_ep, "--vllm.enable-elastic-ep", "a model that is loaded anew has no sites"),
+        (
+            config.cache_config.kv_sharing_fast_prefill,
+            "--vllm.kv-sharing-fast-prefill",
+            "upper layers then see some of a prompt's rows only",
+        ),
         (
             parallel.use_sequence_parallel_moe or parallel.enable_hc_sp,
             "sequence parallelism (--vllm.enable-expert-parallel over several cards and replicas, --vllm.enable-hc-sp)",

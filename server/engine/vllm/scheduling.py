@@ -12,7 +12,7 @@ from server.engine.vllm.process import follow_parent
 
 
 class _Reporting:
-    """Mixed into a scheduler. The reports come as an attribute of the runner's output: see `v1_runner.reporting`."""
+    """Mixed into a scheduler. The reports come as an attribute of the runner's output: see `runner.reporting`."""
 
     _reports: dict[str, Report]
 

@@ -6,7 +6,7 @@ replayed; which rows are meant is written into the tables before a step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -34,8 +34,9 @@ class SiteTable:
 
     Attributes:
         vectors: (1 + num_slots, d), the model's dtype; row 0 is zero.
-        row_of_token: (max_rows,) int32, the row of `vectors` that each of the step's tokens gets.
-        query_rows: (max_queries,) int32, which of the step's tokens are read; `num_queries` of them count.
+        row_of_token: (max_rows,) int32, the row of `vectors` that each of the step's tokens gets; 0 behind them.
+        query_rows: (max_queries,) int32, which of the step's tokens are read; `num_queries` of them count, the others are 0: a
+            recorded graph reads them too, and its step may have one token only.
         states: (max_queries, d), what was read.
         adds: whether any of the step's tokens gets a row but the zero row.
         decide: see `Decide`.
@@ -55,6 +56,7 @@ class SiteTable:
         self.query_rows = torch.zeros(max_queries, dtype=torch.int32, device=device)
         self.states = torch.zeros(max_queries, hidden_size, dtype=dtype, device=device)
         self.num_queries = 0
+        self._num_written = 0  # of `row_of_token`: behind them all are 0
         self.adds = False
         self.decide: Decide | None = None
         # On a CPU Python runs at each step and can skip what is not needed; a recorded graph cannot.
@@ -63,24 +65,49 @@ class SiteTable:
     def write_rows(self, rows: np.ndarray, decide: Decide | None = None) -> None:
         """Which row each of the step's tokens gets, int32, unless `decide` changes that amid the pass."""
         self.adds, self.decide = bool(rows.any()), decide
-        if self.adds or decide is not None or not self._skips:
-            self.row_of_token[: len(rows)].copy_(torch.from_numpy(rows))
+        acts = self.adds or decide is not None
+        if acts or self._num_written:
+            padded = np.zeros(max(len(rows), self._num_written), np.int32)
+            padded[: len(rows)] = rows
+            put(self.row_of_token[: len(padded)], torch.from_numpy(padded))
+            self._num_written = len(rows) if acts else 0
 
     def clear(self) -> None:
         """Add nothing and read nothing, however many tokens the steps from now on have."""
-        self.adds, self.decide, self.num_queries = False, None, 0
-        if not self._skips:
-            self.row_of_token.zero_()
+        self.write_rows(np.zeros(0, np.int32))
+        self.write_queries(())
 
     def write_queries(self, rows: Sequence[int]) -> None:
         """Which tokens to read."""
+        if rows or self.num_queries:
+            padded = torch.zeros(len(self.query_rows), dtype=torch.int32)
+            padded[: len(rows)] = torch.tensor(rows, dtype=torch.int32)
+            put(self.query_rows, padded)
         self.num_queries = len(rows)
-        if rows:
-            self.query_rows[: len(rows)].copy_(torch.tensor(rows, dtype=torch.int32))
+
+    def take(self) -> Callable[[], Tensor]:
+        """What gives the states that the step read, (num_queries, d) float32 in main memory, once the device is done.
+
+        They are set aside at once, in the device's order, so that the next step may be under way when it is called, which may be
+        in another thread.
+        """
+        states = self.states[: self.num_queries].to("cpu", non_blocking=True, copy=True)
+        done = None
+        if self.states.is_cuda:
+            done = torch.cuda.Event(blocking=True)
+            done.record()
+
+        def taken() -> Tensor:
+            if done is not None:
+                done.synchronize()
+            return states.float()
+
+        return taken
 
     def run(self, hidden: Tensor, residual: Tensor | None, layer: int) -> None:
         """Read, then add in place: (T, d) each, the state is their sum."""
-        count = self.num_queries if self._skips or self.decide is not None else len(self.query_rows)
+        recorded = not self._skips and self.decide is None  # then for all steps with as many tokens
+        count = min(len(self.query_rows), len(hidden)) if recorded else self.num_queries
         if count:
             rows = self.query_rows[:count]
             states = hidden.index_select(0, rows)
@@ -91,6 +118,13 @@ class SiteTable:
                 self.decide(layer, states)
         if self.adds or not self._skips:
             hidden.add_(self.vectors.index_select(0, self.row_of_token[: len(hidden)]))
+
+
+def put(target: Tensor, values: Tensor) -> None:
+    """Copy from main memory, in the device's order and without waiting for it."""
+    if target.is_cuda:
+        values = values.pin_memory()  # its memory is used anew only after the copy
+    target.copy_(values, non_blocking=True)
 
 
 def register_operation() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from server.engine.vllm.orders import Addition, Order, Report
-from server.engine.vllm.tables import SiteTable
+from server.engine.vllm.tables import SiteTable, put
 from steering.decision import ProfileDecision, SteeringOptions
 
 
@@ -68,15 +68,15 @@ class WorkerSteering:
         self._reports = reports
         self._decider = decider
         self._requests: dict[str, _Request] = {}
+        self._done: set[str] = set()  # reported, and nothing is to be added
         self._free = {layer: list(range(1, len(table.vectors), 2)) for layer, table in tables.items()}
         self._ending: list[tuple[Span, int, _Request]] = []  # prompts that end in this step, with their row
         # The last step's requests, where each had one token of its answer and the rows still hold.
         self._steady: list[str] | None = None
 
     def arrive(self, request_id: str, num_prompt_tokens: int, order: Order | None) -> None:
-        """A request is new here, or comes anew after it was preempted."""
-        self.depart(request_id)
-        if order is not None:
+        """A request is new here; or it comes anew after it was preempted, and what was decided about it holds."""
+        if order is not None and request_id not in self._requests and request_id not in self._done:
             additions = {addition.layer: addition for addition in order.add}
             self._requests[request_id] = _Request(order, num_prompt_tokens, additions)
 
@@ -84,6 +84,7 @@ class WorkerSteering:
         """It is finished."""
         self.pause(request_id)
         self._requests.pop(request_id, None)
+        self._done.discard(request_id)
 
     def pause(self, request_id: str) -> None:
         """It has lost its place in the batch."""
@@ -134,7 +135,7 @@ class WorkerSteering:
             if raw is None:
                 vectors[row].zero_()
             else:
-                vectors[row].copy_(torch.frombuffer(bytearray(raw), dtype=vectors.dtype))
+                put(vectors[row], torch.frombuffer(bytearray(raw), dtype=vectors.dtype))
 
     def _write(self, rows: Mapping[int, np.ndarray]) -> None:
         deciding = any(request.order.decide is not None for _, _, request in self._ending)
@@ -164,40 +165,40 @@ class WorkerSteering:
                 table.adds = True
 
     def end(self) -> Callable[[], dict[str, Report]] | None:
-        """After a step: what gives its reports, by request; None where no prompt ended. It waits for the device.
-
-        What it reads is set aside at once, in the device's order, so that the next step may begin before it is called.
-        """
+        """After a step: what gives its reports, by request; None where no prompt ended. It waits for the device, and may be called
+        in another thread when the next step is under way."""
         if not self._ending:
             return None
         ending, self._ending = [(span.request_id, request) for span, _, request in self._ending], []
-        read: dict[str, dict[int, Tensor]] = {name: {} for name, _ in ending}
+        taken: dict[int, tuple[list[str], Callable[[], Tensor]]] = {}
         for layer, table in self.tables.items():
-            names = [name for name, request in ending if request.reads(layer)]
-            wanted = [i for i, name in enumerate(names) if layer in self._requests[name].order.read]
-            if wanted and self._reports:
-                states = table.states[wanted].float()
-                for i, state in zip(wanted, states, strict=True):
-                    read[names[i]][layer] = state
+            reading = [name for name, request in ending if request.reads(layer)]
+            if self._reports and any(layer in request.order.read for _, request in ending):
+                taken[layer] = reading, table.take()
             table.write_queries([])
             table.decide = None
+        facts = [
+            (
+                name,
+                r.order.read,
+                tuple(r.additions),
+                None if r.order.decide is None or r.cut else (tuple(r.profiles), r.compute_ms),
+            )
+            for name, r in ending
+        ]
         for name, request in ending:
             request.reported = True
             if not request.additions:
-                del self._requests[name]  # nothing more is to be done for it
+                del self._requests[name]
+                self._done.add(name)
         if not self._reports:
             return None
 
         def reports() -> dict[str, Report]:
+            states = {layer: dict(zip(names, take(), strict=True)) for layer, (names, take) in taken.items()}
             return {
-                name: Report(
-                    {layer: state.cpu().numpy().tobytes() for layer, state in read[name].items()},
-                    tuple(request.additions),
-                    None
-                    if request.order.decide is None or request.cut
-                    else (tuple(request.profiles), request.compute_ms),
-                )
-                for name, request in ending
+                name: Report({layer: states[layer][name].numpy().tobytes() for layer in read}, added, decided)
+                for name, read, added, decided in facts
             }
 
         return reports
