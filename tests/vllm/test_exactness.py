@@ -292,15 +292,16 @@ def check_prompt_logprobs(answer: Answer, r: GenerationRequest) -> None:
 @pytest.mark.parametrize(
     ("first", "then"),
     [
-        pytest.param(SAME, SAME_LAST, id="all, then last"),
-        pytest.param(SAME_LAST, SAME, id="last, then all"),
-        pytest.param(SAME, ProfileActivation("same", 2.0, gate="open"), id="another strength"),
-        pytest.param(SAME, ProfileActivation("same", -3.0, gate="open"), id="the other way"),
+        pytest.param((SAME,), (SAME_LAST,), id="all, then last"),
+        pytest.param((SAME_LAST,), (SAME,), id="last, then all"),
+        pytest.param((OWN, SAME_LAST), (OWN_LAST, SAME), id="the other one at the prompt"),
+        pytest.param((SAME,), (ProfileActivation("same", 2.0, gate="open"),), id="another strength"),
+        pytest.param((SAME,), (ProfileActivation("same", -3.0, gate="open"),), id="the other way"),
     ],
 )
 async def test_the_same_prompt_steered_otherwise(engine, prompts, first, then):
-    for activation in (first, then, first):
-        requests = [request("r", prompts(110, 1), activation)]
+    for activations in (first, then, first):
+        requests = [request("r", prompts(110, 1), *activations)]
         assert_exact(await answers(engine, requests), requests)
 
 
