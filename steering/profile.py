@@ -85,6 +85,17 @@ class SteeringProfile:
         layers = enumerate(self.manifest.layers)
         return {layer: replace(self, experts=self.experts.at(index)) for index, layer in layers}
 
+    def layers_alone(self) -> list[SteeringProfile]:
+        """Each layer of a profile with several as a profile of its own; none of one with one layer."""
+        parts, manifest = self.by_layer(), self.manifest
+        if len(parts) == 1:
+            return []
+        experts = replace(manifest.experts, layers=None)
+        return [
+            replace(part, manifest=replace(manifest, name=f"{self.name}, layer {layer}", layer=layer, experts=experts))
+            for layer, part in parts.items()
+        ]
+
     def save(self, folder: str | Path) -> SteeringProfile:
         """Write both files, creating the folder; returns the profile whose manifest holds the tensors' hash."""
         folder = Path(folder)

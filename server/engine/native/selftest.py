@@ -5,8 +5,6 @@ A checkpoint or a profile that fails is refused, so nothing is served wrongly or
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -74,7 +72,7 @@ def check_steering(decoder: Decoder, model: PreTrainedModel, profiles: list[Stee
     vector of several may be weak by itself: it gets a second try at the strength that makes it as long as the probe's state.
     """
     options = EngineOptions(max_num_seqs=1, max_model_len=LENGTH, prefix_cache_bytes=0)
-    parts = [part for profile in profiles for part in _layers_alone(profile)]
+    parts = [part for profile in profiles for part in profile.layers_alone()]
     core, _ = build_core(decoder, model, [*profiles, *parts], options)
     plain = _generate(core, ())
     for number, profile in enumerate([*profiles, *parts]):
@@ -94,18 +92,6 @@ def check_steering(decoder: Decoder, model: PreTrainedModel, profiles: list[Stee
                 f"profile {profile.name!r} does not steer this model as it should: {what}. Train it again at another layer, or "
                 "report the model's architecture."
             )
-
-
-def _layers_alone(profile: SteeringProfile) -> list[SteeringProfile]:
-    """Each layer of a profile with several as a profile of its own; none of one with one layer."""
-    parts, manifest = profile.by_layer(), profile.manifest
-    if len(parts) == 1:
-        return []
-    experts = replace(manifest.experts, layers=None)
-    return [
-        replace(part, manifest=replace(manifest, name=f"{profile.name}, layer {layer}", layer=layer, experts=experts))
-        for layer, part in parts.items()
-    ]
 
 
 def _raised_strength(core: EngineCore, profile: SteeringProfile, alone: bool) -> float | None:

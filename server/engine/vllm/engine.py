@@ -156,7 +156,7 @@ class VllmEngine(Engine):
             return
         self._started = True
         try:
-            await check_steering(self._answer, self.info, list(self._profiles.values()))
+            await self._prove(list(self._profiles.values()))
         except BaseException:
             await self.stop()
             raise
@@ -238,7 +238,7 @@ class VllmEngine(Engine):
             self._change({**self._profiles, key: profile})
             self._served.allow(*key)
             try:
-                await check_steering(self._answer, self.info, [profile])
+                await self._prove([profile])
             except BaseException:
                 if retiring:
                     self._served.retire_later(*key)
@@ -254,6 +254,16 @@ class VllmEngine(Engine):
 
     def stats(self) -> EngineStats:
         return self._keeper.stats(len(self._runs))
+
+    async def _prove(self, profiles: list[SteeringProfile]) -> None:
+        """That they act as they should, and each layer of one that has several. Raises ProfileError, ModelError."""
+        alone = [] if self._one_pass else [part for profile in profiles for part in profile.layers_alone()]
+        parts = {(part.name, part.version): part for part in alone}
+        self._change(self._profiles | parts)
+        try:
+            await check_steering(self._answer, self.info, [*profiles, *parts.values()])
+        finally:
+            self._change({key: profile for key, profile in self._profiles.items() if key not in parts})
 
     def _retire(self, name: str, version: str) -> None:
         self._change({key: profile for key, profile in self._profiles.items() if key != (name, version)})
