@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from server.engine.base import GenerationError, GenerationRequest, SamplingOptions
+from server.engine.refusals import unsafe
 from server.engine.vllm import steering as module
 from server.engine.vllm.doses import addition_of, salt_of
 from server.engine.vllm.orders import Addition, Order, Report
-from server.engine.vllm.steering import Steering, check_report, salt, unsafe
+from server.engine.vllm.steering import Steering, check_report, salt
 from steering.architecture import decoder_layers
 from steering.decision import ProfileActivation, SteeringOptions
 from steering.intervention import Dose
@@ -296,12 +297,12 @@ def test_who_should_have_been_steered_and_could_not_is_refused():
         request = asked(forced("own1", version=profile.version, **options))
         decided, orders = decide(steering, request)
         assert decided.decision.reason == "non_finite" and decided.additions == () and len(orders) == 1
-        return unsafe(request, decided.decision)
+        return unsafe(request.steering, decided.decision.profiles)
 
     assert refusal().code == "steering_non_finite" and "'own1'" in str(refusal())
     assert refusal(strength=0.0) is None and refusal(shadow=True) is None
     sound = asked(forced("own1"))
-    assert unsafe(sound, decide(steering_of("own1"), sound)[0].decision) is None
+    assert unsafe(sound.steering, decide(steering_of("own1"), sound)[0].decision.profiles) is None
 
 
 # -- what the prefix cache is told -------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from server.engine.native.runner import Runner
 from server.engine.native.sampler import Sampled
 from server.engine.native.scheduler import Limits, Scheduler
 from server.engine.native.sequence import Phase, Sequence, SequenceGroup
+from server.engine.refusals import unsafe
 
 Results = list[tuple[SequenceGroup, Result]]
 Kind = Literal["entering", "prefill", "decode"]
@@ -162,7 +163,7 @@ class EngineCore:
             return
         if self._observer is not None:
             self._observer.decided(group.decision)
-        refusal = _unsafe(group)
+        refusal = unsafe(group.request.steering, group.steering.profiles)
         if refusal is not None:
             self._fail(group, refusal)
 
@@ -232,16 +233,3 @@ def _announce(group: SequenceGroup, event: TokenEvent) -> TokenEvent:
 def _finite(group: SequenceGroup) -> bool:
     """Whether the prompt's log-probabilities, if there are any, are numbers."""
     return not any(found is not None and math.isnan(found.logprob) for found in group.prompt_logprobs)
-
-
-def _unsafe(group: SequenceGroup) -> GenerationError | None:
-    """Fail closed: a profile that should have acted but could not compute its vector ends the request."""
-    acting = {a.profile for a in group.request.steering.activations if a.strength != 0 and not a.shadow}
-    for profile in group.steering.profiles:
-        if profile.reason == "non_finite" and profile.name in acting:
-            return GenerationError(
-                f"steering profile {profile.name!r} computed a vector that is not finite for this prompt; "
-                "the request was not answered unsteered. Check the profile and the model's dtype.",
-                "steering_non_finite",
-            )
-    return None

@@ -26,7 +26,6 @@ from server.engine.base import (
     EngineStoppedError,
     GenerationError,
     GenerationRequest,
-    PromptTooLongError,
     TokenEvent,
 )
 from server.engine.native.build import EngineOptions, build_core
@@ -36,6 +35,7 @@ from server.engine.native.inbox import Inbox
 from server.engine.native.live_profiles import LiveProfiles
 from server.engine.native.probe import Probe
 from server.engine.native.sequence import SequenceGroup
+from server.engine.refusals import check_length_and_count
 from server.engine.served_profiles import ServedProfiles
 from steering.decision import SteeringDecision
 from steering.errors import ProfileError
@@ -209,13 +209,7 @@ class NativeEngine(Engine):
 
     def _submit(self, request: GenerationRequest, *, score_only: bool = False) -> tuple[SequenceGroup, Inbox]:
         self._check_alive()
-        if len(request.prompt_token_ids) >= self.info.max_model_len:
-            raise PromptTooLongError(
-                f"the prompt has {len(request.prompt_token_ids)} tokens; the limit is {self.info.max_model_len - 1}, "
-                f"since prompt and completion share {self.info.max_model_len} positions"
-            )
-        if request.n > self.info.max_num_seqs:
-            raise GenerationError(f"n is {request.n}; this server runs {self.info.max_num_seqs} at most", "n_too_large")
+        check_length_and_count(request, self.info)
         if not self._core.scheduler.fits(request.n, len(request.prompt_token_ids)):
             raise GenerationError(
                 f"{request.n} completions of {len(request.prompt_token_ids)} prompt tokens need more keys and values than "

@@ -33,9 +33,9 @@ from server.engine.base import (
     EngineStoppedError,
     GenerationError,
     GenerationRequest,
-    PromptTooLongError,
     TokenEvent,
 )
+from server.engine.refusals import check_length_and_count, unsafe
 from server.engine.served_profiles import ServedProfiles
 from server.engine.vllm.checkpoint import Checkpoint
 from server.engine.vllm.convert import check_sampling, events_of, prompt_logprobs_of, sampling_params
@@ -45,7 +45,7 @@ from server.engine.vllm.runs import Run, Runs
 from server.engine.vllm.selftest import check_steering
 from server.engine.vllm.settings import PluginSettings
 from server.engine.vllm.stats import StatsKeeper
-from server.engine.vllm.steering import Decided, Steering, check_report, salt, steering_lost, unsafe
+from server.engine.vllm.steering import Decided, Steering, check_report, salt, steering_lost
 from steering.decision import SteeringDecision, combine
 from steering.errors import ProfileError
 from steering.manifest import ProfileManifest
@@ -189,7 +189,7 @@ class VllmEngine(Engine):
         try:
             if observer is not None:
                 observer.decided(decision)
-            if (refusal := unsafe(request, decision)) is not None:
+            if (refusal := unsafe(request.steering, decision.profiles)) is not None:
                 raise refusal
             if run is None:
                 run = await self._submit(
@@ -276,13 +276,7 @@ class VllmEngine(Engine):
         """The request with its profiles' versions pinned. Raises what `generate` says."""
         if (failure := self.failure) is not None or not self._started:
             raise EngineStoppedError(STOPPED) if failure == STOPPED else EngineDeadError(failure or "it is not started")
-        if len(request.prompt_token_ids) >= self.info.max_model_len:
-            raise PromptTooLongError(
-                f"the prompt has {len(request.prompt_token_ids)} tokens; the limit is {self.info.max_model_len - 1}, "
-                f"since prompt and completion share {self.info.max_model_len} positions"
-            )
-        if request.n > self.info.max_num_seqs:
-            raise GenerationError(f"n is {request.n}; this server runs {self.info.max_num_seqs} at most", "n_too_large")
+        check_length_and_count(request, self.info)
         check_sampling(request.sampling)
         if len(self._runs) >= self.info.max_num_seqs + self._options.max_waiting:
             raise EngineOverloadedError("too many requests are waiting already; try again later")

@@ -168,19 +168,6 @@ def salt(request: GenerationRequest, additions: Sequence[Addition]) -> str | Non
     return salt_of(request.cache_owner, parts, additions)
 
 
-def unsafe(request: GenerationRequest, decision: SteeringDecision) -> GenerationError | None:
-    """Fail closed: a profile that should have acted but could not compute its vector ends the request."""
-    acting = {a.profile for a in request.steering.activations if a.strength != 0 and not a.shadow}
-    for profile in decision.profiles:
-        if profile.reason == "non_finite" and profile.name in acting:
-            return GenerationError(
-                f"steering profile {profile.name!r} computed a vector that is not finite for this prompt; "
-                "the request was not answered unsteered. Check the profile and the model's dtype.",
-                "steering_non_finite",
-            )
-    return None
-
-
 def _key(request: GenerationRequest) -> tuple[str, bytes, SteeringOptions]:
     tokens = np.asarray(request.prompt_token_ids, np.int64).tobytes()
     return request.cache_owner, hashlib.blake2b(tokens, digest_size=16).digest(), request.steering
