@@ -14,6 +14,7 @@ import itertools
 import os
 import random
 import statistics
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from server.engine.base import GenerationRequest, SamplingOptions
+from server.engine.vllm.orders import Addition, Order
+from server.engine.vllm.tables import SiteTable
+from server.engine.vllm.worker import Span, WorkerSteering
 from steering.decision import ProfileActivation, SteeringOptions
 from steering.profile import SteeringProfile
 from tests.benchmarks.checkpoints import MODELS, checkpoint, profile
@@ -182,6 +186,31 @@ async def run(model: str, options: argparse.Namespace, console: Console) -> None
         await engine.stop()
 
 
+def own_work(count: int, size: int, *, same_order: bool, steps: int = 3000) -> float:
+    """Microseconds of a worker's decode step that steering takes: `count` requests, each with a vector of its own, on a CPU.
+
+    Args:
+        size: of a state, bfloat16.
+        same_order: whether the batch is the last step's, as while nobody comes or goes.
+    """
+    table = SiteTable(size, 2 * count, count, count, torch.bfloat16, "cpu")
+    steering = WorkerSteering({0: table})
+    hidden, residual, vectors = (torch.randn(count, size).bfloat16() for _ in range(3))
+    names = [str(i) for i in range(count)]
+    for name, vector in zip(names, vectors, strict=True):
+        raw = vector.view(torch.uint8).numpy().tobytes()
+        steering.arrive(name, 1, Order(add=(Addition(0, raw, raw),)))
+    times = []
+    for step in range(1, steps):
+        order = names if same_order else names[step % count :] + names[: step % count]
+        started = time.perf_counter()
+        steering.begin([Span(name, row, 1, step) for row, name in enumerate(order)], count)
+        table.run(hidden, residual, 0)
+        steering.end()
+        times.append(time.perf_counter() - started)
+    return 1e6 * statistics.median(times)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoints", type=Path, required=True, help="folder for checkpoints, made if need be")
@@ -201,6 +230,9 @@ def main() -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     torch.set_num_threads(1)
     console = Console(width=160)
+    for count, size in ((1, 768), (8, 768), (32, 768), (32, 4096)):
+        same, other = (own_work(count, size, same_order=same_order) for same_order in (True, False))
+        console.print(f"own work of a step, {count} x {size}: {same:.0f} us; where the batch changes {other:.0f} us")
     for model in options.models:
         asyncio.run(run(model, options, console))
 
