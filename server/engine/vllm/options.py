@@ -24,14 +24,20 @@ KNOWN_WORKERS = ("CPUWorker", "Worker")
 # vLLM's flags that this server sets, and what to use in their place.
 OURS = {
     "model": "the model's place on the command line",
-    "served_model_name": "--served-model-name",
-    "tensor_parallel_size": "--tensor-parallel-size",
-    "max_model_len": "--max-model-len",
-    "max_num_seqs": "--max-num-seqs",
-    "max_num_batched_tokens": "--max-batched-tokens",
-    "kv_cache_memory_bytes": "--kv-cache-memory",
+    "served-model-name": "--served-model-name",
+    "tensor-parallel-size": "--tensor-parallel-size",
+    "max-model-len": "--max-model-len",
+    "max-num-seqs": "--max-num-seqs",
+    "max-num-batched-tokens": "--max-batched-tokens",
+    "kv-cache-memory-bytes": "--kv-cache-memory",
     "dtype": "--dtype",
-    "scheduler_cls": "nothing: this server's scheduler hands on what steering found",
+    "enable-prefix-caching": "--prefix-cache-memory 0 for none, and nothing for one",
+    "no-enable-prefix-caching": "--prefix-cache-memory 0",
+    "scheduling-policy": "nothing: requests' own priorities count",
+    "generation-config": "nothing: how tokens are drawn is what requests say",
+    "structured-outputs-config.backend": "nothing: it is the one that checks the grammars",
+    "disable-log-stats": "nothing: this server's metrics need them",
+    "scheduler-cls": "nothing: this server's scheduler hands on what steering found",
     "runner": "nothing: this server generates",
 }
 
@@ -86,6 +92,8 @@ def vllm_config(model: str, options: VllmOptions, settings: PluginSettings) -> V
     given.disable_log_stats = True  # this server has metrics of its own
     given.additional_config = {**given.additional_config, **settings.to_config()}
     if options.one_pass:
+        if given.enable_chunked_prefill:
+            raise ModelError(f"{PREFIX}enable-chunked-prefill: not with --vllm-one-pass, in which no prompt is cut.")
         given.enable_chunked_prefill = False
     try:
         config = AsyncEngineArgs.from_cli_args(given).create_engine_config()
@@ -112,21 +120,27 @@ def _parse(flags: Sequence[str]) -> argparse.Namespace:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    for flag in flags:
-        name = flag.split("=")[0].lstrip("-").replace("-", "_")
-        if flag.startswith("--") and name in OURS:
-            raise ModelError(f"{PREFIX}{name.replace('_', '-')}: use {OURS[name]}.")
+    flags = [_spelled(flag) for flag in flags]
+    for name, instead in OURS.items():
+        if any(flag.partition("=")[0] == f"--{name}" for flag in flags):
+            raise ModelError(f"{PREFIX}{name}: use {instead}.")
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(add_help=False))
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            parsed, unknown = parser.parse_known_args(list(flags))
+            parsed, unknown = parser.parse_known_args(flags)
     except (SystemExit, ValueError, TypeError) as error:
         reason = _said(error) if not isinstance(error, SystemExit) else said.getvalue().strip().splitlines()[-1]
         raise ModelError(f"{PREFIX}…: vLLM does not take it: {reason}") from error
     if unknown:
         raise ModelError(f"{PREFIX}{unknown[0].lstrip('-')}: vLLM has no such option.")
     return parsed
+
+
+def _spelled(word: str) -> str:
+    """A flag with dashes in its name, as vLLM's command line takes it with either."""
+    name, separator, value = word.partition("=")
+    return name.replace("_", "-") + separator + value if word.startswith("--") else word
 
 
 def refuse_unsupported(config: VllmConfig, options: VllmOptions) -> None:
