@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
+from importlib.metadata import version
 from typing import Any
 
 MAX_BYTES = 64 * 1024
@@ -17,7 +18,9 @@ MAX_ALTERNATIVES = 256  # of one anyOf, oneOf or allOf
 MAX_MULTIPLE = 10_000  # the least common multiple of all `multipleOf`, without factors 2 and 5: states of an automaton
 
 # An answer's white space is bounded: nothing, one space, or a line break and its indentation.
-WHITESPACE = r"( |\n {0,8})?"
+SOME_SPACE = {"whitespace_pattern": r"( |\n {0,8})?"}
+NO_SPACE = {"whitespace_flexible": False}  # for releases of the grammar engine that cannot bound it (vLLM's)
+CAN_BOUND_SPACE = tuple(map(int, version("llguidance").split(".")[:2])) >= (1, 9)
 _MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 _DATA = frozenset({"enum", "const", "default", "example", "examples", "required", "type", "multipleOf"})
 _PATTERNS = frozenset({"pattern", "patternProperties"})
@@ -47,7 +50,7 @@ def schema_texts(schema: Mapping[str, Any] | bool, *, strict: bool) -> list[str]
     if size > MAX_BYTES:
         raise SchemaError(f"it has more than {MAX_BYTES} bytes")
     options = {
-        "whitespace_pattern": WHITESPACE,
+        **(SOME_SPACE if CAN_BOUND_SPACE else NO_SPACE),
         "item_separator": ",",
         "key_separator": ":",
         "lenient": not strict,
@@ -58,13 +61,8 @@ def schema_texts(schema: Mapping[str, Any] | bool, *, strict: bool) -> list[str]
 
 
 def without_white_space(text: str) -> str:
-    """A text of `schema_texts`, or a Lark grammar around some, for releases of the grammar engine that cannot bound white space
-    (vLLM's): they allow none."""
-    return text.replace(_option("whitespace_pattern", WHITESPACE), _option("whitespace_flexible", False))
-
-
-def _option(name: str, value: object) -> str:
-    return json.dumps({name: value})[1:-1]
+    """A text of `schema_texts`, or a Lark grammar around some, for releases of the grammar engine that cannot bound it."""
+    return text.replace(json.dumps(SOME_SPACE)[1:-1], json.dumps(NO_SPACE)[1:-1])
 
 
 def _check_bounds(schema: Mapping[str, Any]) -> None:

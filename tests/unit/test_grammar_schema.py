@@ -10,7 +10,7 @@ import pytest
 from server.conversation import TextFormat
 from server.errors import InvalidRequestError
 from server.grammar import schema as bounds
-from server.grammar.schema import SchemaError, schema_texts
+from server.grammar.schema import SchemaError, schema_texts, without_white_space
 from tests.grammars import allowed, byte_level, compiler_for
 
 
@@ -156,3 +156,13 @@ async def test_a_schema_cannot_make_itself_lenient():
     schema = {"x-guidance": {"lenient": True}, "type": "object", "properties": {"a": {"not": {"type": "string"}}}}
     with pytest.raises(InvalidRequestError, match="not"):
         await compiler_for(byte_level()).json_schema(schema, strict=True, what="it", param="p")
+
+
+def test_for_engines_that_cannot_bound_white_space_there_is_none_and_nothing_else_changes():
+    schema = {"type": "object", "properties": {"whitespace_pattern": {"const": "( |\\n {0,8})?"}}}
+    [text] = schema_texts(schema, strict=True)
+    wanted, found = json.loads(text), json.loads(without_white_space(text))
+    options, without = wanted.pop("x-guidance"), found.pop("x-guidance")
+    assert found == wanted
+    assert without == {k: v for k, v in options.items() if k != "whitespace_pattern"} | {"whitespace_flexible": False}
+    assert without_white_space(f"start: %json {text}") == f"start: %json {without_white_space(text)}"
