@@ -36,7 +36,7 @@ def serve(
     model_argument: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]",
+            metavar="MODEL",
             help="Folder or hub id. Without it: the embedded demo model and its profiles.",
             show_default=False,
         ),
