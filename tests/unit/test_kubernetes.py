@@ -137,13 +137,7 @@ def known_flags() -> set[str]:
     return set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", shown))
 
 
-def skip_without_its_engine(deployment: dict) -> None:
-    if "--engine" in flags(deployment) and "--engine" not in known_flags():
-        pytest.skip("this version has one engine only")
-
-
 def test_the_server_starts_with_these_flags(deployment, monkeypatch):
-    skip_without_its_engine(deployment)
     assert set(flags(deployment)) <= known_flags()
     if "--engine" in flags(deployment) and importlib.util.find_spec("vllm") is None:
         pytest.skip("the flags are known; vLLM is not installed to take their values")

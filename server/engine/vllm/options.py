@@ -97,7 +97,7 @@ def vllm_config(model: str, options: VllmOptions, settings: PluginSettings) -> V
         given.enable_chunked_prefill = False
     try:
         config = AsyncEngineArgs.from_cli_args(given).create_engine_config()
-    except (ValueError, RuntimeError, NotImplementedError, OSError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         raise ModelError(f"--engine vllm: vLLM refuses this configuration: {_said(error)}") from error
     refuse_unsupported(config, options)
     mode = "ReportingAsyncScheduler" if config.scheduler_config.async_scheduling else "ReportingScheduler"
@@ -108,7 +108,7 @@ def vllm_config(model: str, options: VllmOptions, settings: PluginSettings) -> V
 def _cpu_kv_cache_bytes(wanted: int | None) -> int | None:
     """None where vLLM's own variable says how much, which overrules all else."""
     if CPU_KV_CACHE_VARIABLE not in os.environ:
-        return wanted or CPU_KV_CACHE_BYTES
+        return CPU_KV_CACHE_BYTES if wanted is None else wanted
     if wanted is not None:
         raise ModelError(
             f"--kv-cache-memory: {CPU_KV_CACHE_VARIABLE} is set, and vLLM would take that; unset one of them."

@@ -78,7 +78,6 @@ class Passes:
     """One request's passes: submit `order` under `salt`, then give the report to `read`, until that says that the pass stands."""
 
     def __init__(self, sites: Sequence[Site], request: GenerationRequest) -> None:
-        self._request = request
         self._options = options = request.steering
         asked = {(a.profile, a.version) for a in options.activations}
         mine = [site for site in sites if any((p.name, p.version) in asked for p in site.profiles)]
