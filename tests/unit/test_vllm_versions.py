@@ -64,6 +64,16 @@ def test_plugins_restricted_to_others(installed, monkeypatch, allowed):
         versions.check_version()
 
 
+def test_a_package_whose_plugin_vllm_would_not_find(installed, monkeypatch):
+    """As a checkout that was installed before it had one."""
+    installed(vllm="0.32.0")
+    asked = []
+    monkeypatch.setattr(versions, "entry_points", lambda group: asked.append(group) or [])
+    with pytest.raises(ModelError, match="Install it again"):
+        versions.check_version()
+    assert asked == ["vllm.general_plugins"]
+
+
 @pytest.mark.parametrize("allowed", ["finesteer", "other,finesteer"])
 def test_plugins_restricted_to_ours_as_well(installed, monkeypatch, allowed):
     installed(vllm="0.32.0")

